@@ -1,0 +1,250 @@
+"""A shard: one data-parallel rank of an expert-parallel group, as one vLLM engine in one Ray actor.
+
+Owns the engine process group of its rank and nothing else. It knows nothing of queues, groups,
+rewards or trainers; it runs chunks, and takes part in publications as the controller tells it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from typing import Any
+
+import ray
+
+from actors.engine_args import engine_args
+from actors.ports import free_port
+from actors.vllm_plugin import SEED_KEY
+from rollout.config import EngineConfig, InFlight, ModelConfig, SyncConfig
+from rollout.errors import EngineDead, LongrollError, SyncRefused
+from rollout.fleet import Rendezvous, ShardInfo, ShardStats
+from rollout.sync.manifest import BucketRef
+from rollout.types import Chunk, ChunkResult, FinishReason, VersionSpan, append_span
+
+logger = logging.getLogger(__name__)
+CALL_TIMEOUT_S = 60.0  # an engine call pending at a death never resolves by itself (vLLM core_client)
+
+
+class Shard:
+    """Hosts one vLLM `AsyncLLM`.
+
+    Args:
+        rank: Data-parallel rank.
+        model: The model served.
+        engine: The expert-parallel group.
+        sync: How weights arrive.
+        initial_version: Version of the weights in the model directory.
+    """
+
+    def __init__(
+        self, rank: int, model: ModelConfig, engine: EngineConfig, sync: SyncConfig, initial_version: int = 0
+    ) -> None:
+        self._rank = rank
+        self._model, self._engine_config, self._sync = model, engine, sync
+        self._version = initial_version
+        self._initial_version = initial_version
+        self._engine: Any = None
+        self._stop_token_ids: tuple[int, ...] = ()
+        self._stats: Any = None
+        self._running: dict[str, str] = {}  # trajectory id → engine request id
+        self._num_requests = 0
+        self._num_tokens = 0
+        self._on_gpu = bool(ray.get_gpu_ids())
+
+    def rendezvous(self) -> Rendezvous:
+        """Where the group can meet, on this shard's node. Asked of rank 0 only."""
+        return Rendezvous(host=ray.util.get_node_ip_address(), rpc_port=free_port())
+
+    async def start(self, rendezvous: Rendezvous | None) -> ShardInfo:
+        """Start the engine; all ranks must start together, as they wait for each other.
+
+        Raises:
+            EngineDead: With vLLM's reason.
+        """
+        self._set_environment()
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        from actors.shard_stats import LastStats
+
+        arguments = engine_args(
+            self._model, self._engine_config, self._sync,
+            rank=self._rank, rendezvous=rendezvous, on_gpu=self._on_gpu,
+        )
+        self._stats = LastStats()
+        try:
+            self._engine = AsyncLLM.from_engine_args(arguments, stat_loggers=[self._stats.factory])
+            num_local = sum(await self._rpc("longroll_num_local_experts"))
+            await self._call(self._engine.update_weight_version(str(self._initial_version)))
+        except LongrollError:
+            raise
+        except Exception as error:
+            raise EngineDead(f"shard {self._rank} could not start: {error}") from error
+        config = self._engine.vllm_config
+        self._stop_token_ids = _stop_token_ids(config.model_config)
+        return ShardInfo(
+            rank=self._rank,
+            num_experts=getattr(config.model_config.hf_text_config, "num_experts", 0) or 0,
+            num_local_experts=num_local,
+            kv_tokens=(config.cache_config.num_gpu_blocks or 0) * config.cache_config.block_size,
+            vocab_size=config.model_config.get_vocab_size(),
+            max_model_len=config.model_config.max_model_len,
+        )
+
+    def _set_environment(self) -> None:
+        os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # keyed sampling is built on the V1 runner
+        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+        if self._on_gpu:
+            return
+        cores = sorted(os.sched_getaffinity(0))
+        default = str(cores[self._rank % len(cores)])
+        binds = (self._engine_config.omp_threads_bind or "").split("|")
+        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = binds[self._rank] if len(binds) > self._rank and binds[0] else default
+
+    async def generate(self, chunk: Chunk) -> ChunkResult:
+        """Run a chunk to its end.
+
+        Returns:
+            Its tokens; finish_reason ABORT, with the tokens so far, after an abort.
+
+        Raises:
+            EngineDead: The engine died; the chunk must be run elsewhere.
+        """
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        self._num_requests += 1
+        request_id = f"{chunk.trajectory_id}#{self._num_requests}"
+        self._running[chunk.trajectory_id] = request_id
+        began = time.monotonic()
+        output: Any = None
+        try:
+            async for output in self._engine.generate(
+                {"prompt_token_ids": list(chunk.token_ids)}, self._sampling_params(chunk), request_id
+            ):
+                pass
+        except EngineDeadError as error:
+            raise EngineDead(f"shard {self._rank}: {error}") from error
+        finally:
+            if self._running.get(chunk.trajectory_id) == request_id:
+                del self._running[chunk.trajectory_id]
+        return self._result(chunk, output, time.monotonic() - began)
+
+    def _sampling_params(self, chunk: Chunk) -> Any:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        wanted = chunk.sampling
+        stops = set(wanted.stop_token_ids)
+        if not wanted.ignore_eos:
+            stops |= set(self._stop_token_ids)
+        return SamplingParams(
+            max_tokens=chunk.max_tokens,
+            temperature=wanted.temperature,
+            top_k=wanted.top_k or 0,
+            top_p=wanted.top_p,
+            stop_token_ids=sorted(stops),
+            ignore_eos=True,  # ends come from stop_token_ids alone
+            logprobs=0,
+            flat_logprobs=True,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+            extra_args={SEED_KEY: chunk.seed},
+        )
+
+    def _result(self, chunk: Chunk, output: Any, duration_s: float) -> ChunkResult:
+        completion = output.outputs[0] if output is not None and output.outputs else None
+        token_ids = tuple(completion.token_ids) if completion else ()
+        spans: list[VersionSpan] = []
+        for span in (completion.weight_versions or ()) if completion else ():
+            if span.end > span.start:
+                append_span(spans, VersionSpan(version=int(span.version), start=span.start, stop=span.end))
+        reason = completion.finish_reason if completion else "abort"
+        self._num_tokens += len(token_ids)
+        metrics = output.metrics if output is not None else None
+        return ChunkResult(
+            trajectory_id=chunk.trajectory_id,
+            token_ids=token_ids,
+            logprobs=tuple(completion.logprobs.logprobs) if token_ids else (),
+            spans=tuple(spans),
+            finish_reason=FinishReason(reason),
+            shard=self._rank,
+            num_cached_tokens=(output.num_cached_tokens or 0) if output is not None else 0,
+            ttft_s=metrics.first_token_latency if metrics else 0.0,
+            duration_s=duration_s,
+        )
+
+    async def abort(self, trajectory_ids: list[str]) -> None:
+        """End running chunks; their `generate` calls return what they have. Unknown ids are ignored."""
+        request_ids = [self._running[t] for t in trajectory_ids if t in self._running]
+        if request_ids:
+            await self._call(self._engine.abort(request_ids))
+
+    async def stage(self, ref: BucketRef) -> None:
+        """Copy a bucket aside on every worker and check its digests. Raises SyncRefused on a fault."""
+        faults = [f for f in await self._rpc("longroll_stage", ref.to_json()) if f is not None]
+        if faults:
+            raise SyncRefused(faults[0])
+
+    async def drop_stage(self, version: int) -> None:
+        await self._rpc("longroll_drop_stage", version)
+
+    async def pause(self, mode: InFlight) -> None:
+        """Stop decoding; returns once this rank and its peers have stopped."""
+        clear_cache = mode is not InFlight.KEEP or self._sync.recompute_kv
+        timeout_s = self._sync.timeout_s
+        await self._call(self._engine.pause_generation(mode=mode.value, clear_cache=clear_cache), timeout_s)
+
+    async def apply(self, version: int) -> None:
+        """Load the staged version; only while paused, on all ranks together."""
+        from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
+
+        await self._call(self._engine.start_weight_update())
+        await self._call(self._engine.update_weights(WeightTransferUpdateRequest(update_info={"version": version})))
+        await self._call(self._engine.finish_weight_update(str(version)))
+        self._version = version
+
+    async def resume(self) -> None:
+        """Decode again."""
+        await self._call(self._engine.resume_generation())
+
+    async def stats(self) -> ShardStats:
+        last = self._stats.last
+        return ShardStats(
+            rank=self._rank,
+            version=self._version,
+            num_running=last.num_running_reqs,
+            num_waiting=last.num_waiting_reqs,
+            kv_usage=last.kv_cache_usage,
+            num_tokens_generated=self._num_tokens,
+            num_preemptions=self._stats.num_preemptions,
+        )
+
+    async def shutdown(self) -> None:
+        """End the engine's processes. The actor itself is killed by whoever made it."""
+        if self._engine is not None:
+            engine, self._engine = self._engine, None
+            await asyncio.to_thread(engine.shutdown)
+
+    async def _rpc(self, method: str, *args: Any) -> list[Any]:
+        return await self._call(self._engine.collective_rpc(method, args=args))
+
+    async def _call(self, call: Any, timeout_s: float = CALL_TIMEOUT_S) -> Any:
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        try:
+            return await asyncio.wait_for(call, timeout_s)
+        except TimeoutError as error:
+            raise EngineDead(f"shard {self._rank}: no answer from the engine within {timeout_s:.0f} s") from error
+        except EngineDeadError as error:
+            raise EngineDead(f"shard {self._rank}: {error}") from error
+
+
+def _stop_token_ids(model_config: Any) -> tuple[int, ...]:
+    """End tokens that the model directory names (generation config first, then the model config)."""
+    ids: set[int] = set()
+    for source in (model_config.try_get_generation_config(), model_config.hf_config.to_dict()):
+        value = source.get("eos_token_id")
+        ids |= set(value) if isinstance(value, (list, tuple)) else ({value} if value is not None else set())
+    return tuple(sorted(ids))

@@ -1,0 +1,41 @@
+"""Keeps the newest scheduler statistics of a vLLM engine for `Shard.stats`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm.config import VllmConfig
+from vllm.v1.metrics.loggers import StatLoggerBase
+from vllm.v1.metrics.stats import SchedulerStats
+
+
+class LastStats:
+    """Holder that outlives the logger objects vLLM builds from `factory`."""
+
+    def __init__(self) -> None:
+        self.last = SchedulerStats()
+        self.num_preemptions = 0
+
+    def factory(self, vllm_config: VllmConfig, engine_index: int = 0) -> StatLoggerBase:
+        """A vLLM stat-logger factory."""
+        return _Recorder(self)
+
+
+class _Recorder(StatLoggerBase):
+    def __init__(self, target: LastStats) -> None:
+        self._target = target
+
+    def record(
+        self,
+        scheduler_stats: SchedulerStats | None,
+        iteration_stats: Any,
+        mm_cache_stats: Any = None,
+        engine_idx: int = 0,
+    ) -> None:
+        if scheduler_stats is not None:
+            self._target.last = scheduler_stats
+        if iteration_stats is not None:
+            self._target.num_preemptions += iteration_stats.num_preempted_reqs
+
+    def log_engine_initialized(self) -> None:
+        """Nothing to log."""

@@ -1,0 +1,236 @@
+"""Every option of Longroll with its default, meaning, unit and effect.
+
+YAML in conf/ selects and overrides these; an unknown key is an error. Each component receives only
+its own section. Validation that needs one section lives in its `__post_init__`; checks across
+sections live in `launch/compose.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from rollout.errors import InvalidRequest
+
+
+class InFlight(str, Enum):
+    """What happens to running generations when new weights arrive (the usual three pause modes)."""
+
+    WAIT = "wait"
+    ABORT = "abort"
+    KEEP = "keep"
+
+
+class LossAggregation(str, Enum):
+    """How token losses become one number."""
+
+    TOKEN_MEAN = "token_mean"  # DAPO: every token of the batch weighs the same
+    SEQUENCE_MEAN = "sequence_mean"  # GRPO: mean over tokens, then over sequences
+    FIXED_LENGTH = "fixed_length"  # Dr. GRPO: sum over tokens / max_tokens, then over sequences
+
+
+class Reference(str, Enum):
+    """What the KL penalty is taken against."""
+
+    NONE = "none"
+    INITIAL = "initial"  # the weights the run started from
+
+
+def _positive(section: str, **values: float) -> None:
+    for name, value in values.items():
+        if not value > 0:
+            raise InvalidRequest(f"{section}.{name}", value, "a number > 0")
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    """The policy being served and trained."""
+
+    path: str = "models/tiny"  # Hugging Face model directory (config, safetensors, tokenizer, chat template)
+    dtype: str = "float32"  # activation and weight dtype in the engine and the trainer
+    max_model_len: int = 2048  # longest prompt + output in tokens; bounds KV use of one sequence
+    trust_remote_code: bool = False  # let the model directory run its own code
+
+    def __post_init__(self) -> None:
+        _positive("model", max_model_len=self.max_model_len)
+
+
+@dataclass(kw_only=True)
+class EngineConfig:
+    """One expert-parallel group of engines; a shard is one data-parallel rank of it."""
+
+    num_shards: int = 2  # data-parallel ranks = Ray actors; experts are split over shards × tensor ranks
+    tensor_parallel_size: int = 1  # ranks each shard spreads its attention over
+    enable_expert_parallel: bool = True  # split the experts over all ranks instead of slicing each expert
+    all2all_backend: str | None = None  # e.g. deepep_low_latency or deepep_high_throughput on GPUs; None = vLLM's default
+    max_num_seqs: int = 64  # sequences decoded together on one shard
+    max_num_batched_tokens: int = 2048  # tokens in one step of one shard; larger = faster prefill, longer steps
+    kv_cache_bytes: int | None = None  # KV cache of one shard in bytes; None = from gpu_memory_utilization
+    gpu_memory_utilization: float = 0.90  # share of device memory the engine may take (GPU only)
+    kv_cache_dtype: str = "auto"  # element type of the KV cache; auto = model.dtype
+    block_size: int | None = None  # tokens in one KV block; None = vLLM's default for the platform
+    enable_prefix_caching: bool = True  # members of a group share their prompt's KV
+    enforce_eager: bool = True  # no graph capture (always so on CPU)
+    omp_threads_bind: str | None = None  # CPU only: core list of each shard, '|' between shards; None = one core each
+    distributed_timeout_s: float = 60.0  # a rank silent for this long in a collective is taken for dead
+    start_timeout_s: float = 300.0  # longest wait for all engines to become ready
+    vllm: dict[str, Any] = field(default_factory=dict)  # passed verbatim to vLLM's AsyncEngineArgs
+
+    def __post_init__(self) -> None:
+        _positive("engine", num_shards=self.num_shards, tensor_parallel_size=self.tensor_parallel_size,
+                  max_num_seqs=self.max_num_seqs, max_num_batched_tokens=self.max_num_batched_tokens)
+
+
+@dataclass(kw_only=True)
+class SamplingConfig:
+    """How rollouts are sampled (the same fields as rollout.types.SamplingParams, plus the group size)."""
+
+    n_samples_per_prompt: int = 8  # members of a GRPO group
+    max_tokens: int = 512  # longest output of one trajectory in tokens
+    temperature: float = 1.0  # 0 = greedy
+    top_k: int | None = None  # None = off
+    top_p: float = 1.0  # 1 = off
+
+
+@dataclass(kw_only=True)
+class SchedulerConfig:
+    """Queues of the controller."""
+
+    max_running_per_shard: int = 64  # chunks in flight on one shard; more only queue inside the engine
+    chunk_tokens: int | None = None  # cut trajectories after this many tokens; None = one chunk each
+    client_timeout_s: float = 600.0  # a client silent for this long has its unfinished work aborted
+    max_queued_trajectories: int = 200_000  # submissions beyond this are refused
+    max_retries: int = 2  # times a chunk is tried again elsewhere after its engine died
+    num_reward_workers: int = 2  # parallel reward processes
+    reward_timeout_s: float = 10.0  # a reward that takes longer fails its trajectory, with the reason
+
+    def __post_init__(self) -> None:
+        _positive("scheduler", max_running_per_shard=self.max_running_per_shard,
+                  client_timeout_s=self.client_timeout_s, num_reward_workers=self.num_reward_workers,
+                  reward_timeout_s=self.reward_timeout_s)
+        if self.chunk_tokens is not None:
+            _positive("scheduler", chunk_tokens=self.chunk_tokens)
+
+
+@dataclass(kw_only=True)
+class SyncConfig:
+    """How new weights reach the shards."""
+
+    in_flight: InFlight = InFlight.KEEP  # running generations: finish first, abort, or go on under the new weights
+    partial_rollout: bool = True  # after an abort, keep the tokens so far and continue under the new version
+    recompute_kv: bool = True  # keep mode: re-prefill running sequences under the new weights
+    bucket_bytes: int = 64 * 2**20  # largest piece gathered and sent at once; bounds extra memory on every rank
+    transport: str = "shared_memory"  # shared_memory (one host, CPU or GPU) or nccl (GPUs, vLLM's own engine)
+    timeout_s: float = 120.0  # longest time one stage of a publication may take before it is refused
+
+    def __post_init__(self) -> None:
+        _positive("sync", bucket_bytes=self.bucket_bytes, timeout_s=self.timeout_s)
+        if self.transport not in ("shared_memory", "nccl"):
+            raise InvalidRequest("sync.transport", self.transport, "shared_memory or nccl")
+
+
+@dataclass(kw_only=True)
+class TrainerConfig:
+    """The policy update."""
+
+    num_ranks: int = 2  # data-parallel ranks = Ray actors
+    num_gpus_per_rank: float = 0.0  # GPUs of each rank; 0 = CPU with gloo
+    zero_stage: int = 3  # DeepSpeed ZeRO stage; 3 partitions parameters, gradients and optimizer
+    num_steps: int = 20  # optimizer steps of the run
+    prompts_per_step: int = 16  # groups trained on in one step
+    over_sampling_batch_size: int | None = None  # groups requested for a step; the excess is aborted; None = prompts_per_step
+    lr: float = 2e-4  # AdamW step size
+    lr_warmup_steps: int = 0  # linear warm-up
+    betas: tuple[float, float] = (0.9, 0.95)  # AdamW
+    weight_decay: float = 0.0  # AdamW
+    max_grad_norm: float = 1.0  # gradient clipping
+    micro_batch_tokens: int = 8192  # padded tokens of one forward/backward on one rank; bounds activation memory
+    clip_low: float = 0.2  # the ratio is clipped to [1 - clip_low, 1 + clip_high]
+    clip_high: float = 0.28  # larger than clip_low = DAPO's clip-higher
+    loss_aggregation: LossAggregation = LossAggregation.TOKEN_MEAN  # normalisation of the loss by length
+    normalise_std: bool = True  # divide advantages by the group's standard deviation (GRPO); false = Dr. GRPO
+    dynamic_filtering: bool = True  # leave out groups whose rewards are all equal; they are counted
+    kl_reference: Reference = Reference.NONE  # model of the KL penalty
+    kl_coef: float = 0.0  # weight of the KL penalty; > 0 needs a reference
+    use_tis: bool = True  # truncated importance sampling between sampling and training log-probabilities
+    tis_cap: float = 2.0  # its cap
+    router_aux_loss_coef: float = 0.0  # weight of the router's load-balancing loss
+    seed: int = 0  # run seed: prompts, rollouts and initial state derive from it
+    checkpoint_every: int = 5  # optimizer steps between checkpoints; the last step is always saved
+    keep_checkpoints: int = 2  # older ones are deleted
+    gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, about a third more time
+    start_timeout_s: float = 600.0  # longest wait for all ranks to have loaded the model
+    distributed_timeout_s: float = 600.0  # a rank silent for this long in a collective, or a step longer than it, is taken for dead
+    deepspeed: dict[str, Any] = field(default_factory=dict)  # merged verbatim into the DeepSpeed configuration
+
+    def __post_init__(self) -> None:
+        _positive("trainer", num_ranks=self.num_ranks, num_steps=self.num_steps, lr=self.lr,
+                  prompts_per_step=self.prompts_per_step, micro_batch_tokens=self.micro_batch_tokens,
+                  checkpoint_every=self.checkpoint_every, keep_checkpoints=self.keep_checkpoints,
+                  start_timeout_s=self.start_timeout_s, distributed_timeout_s=self.distributed_timeout_s)
+        if (self.kl_coef > 0) != (self.kl_reference is not Reference.NONE):
+            raise InvalidRequest("trainer.kl_coef / kl_reference", f"{self.kl_coef} with {self.kl_reference}",
+                                 "a coefficient > 0 together with a reference, or 0 with none")
+        over = self.over_sampling_batch_size
+        if over is not None and over < self.prompts_per_step:
+            raise InvalidRequest("trainer.over_sampling_batch_size", over, f"≥ prompts_per_step = {self.prompts_per_step}")
+
+
+@dataclass(kw_only=True)
+class WorkloadConfig:
+    """Where prompts come from and how answers are scored."""
+
+    task: str = "chain_sum"  # a reasoning-gym data set
+    task_options: dict[str, int] = field(default_factory=dict)  # its generator options
+    reward: str = "reasoning_gym"  # reward function: a known name or "package.module:function"
+    eval_problems: int = 256  # held-out problems scored before and after
+    eval_max_tokens: int | None = None  # output limit in evaluation; None = sampling.max_tokens
+
+
+@dataclass(kw_only=True)
+class ClusterConfig:
+    """Where actors run."""
+
+    address: str | None = None  # Ray address; None = join the job's cluster, or start a local one
+    namespace: str = "longroll"  # Ray namespace; two runs of one name on one cluster exclude each other
+    num_nodes: int = 1  # nodes the engines spread over
+    num_gpus_per_node: int = 0  # GPUs of each; 0 = CPU
+    placement_strategy: str = "PACK"  # Ray placement strategy of the engine's bundles
+    num_cpus_per_shard: float = 0.5  # Ray CPU resource of a shard's actor
+    num_cpus_per_trainer: float = 0.25  # Ray CPU resource of a trainer rank
+    dashboard: bool = False  # start Ray's dashboard with a local cluster
+
+
+@dataclass(kw_only=True)
+class MonitorConfig:
+    """What is shown and kept of a run."""
+
+    wandb_mode: str = "offline"  # online, offline or disabled; offline needs no account
+    wandb_project: str = "longroll"  # W&B project
+    wandb_run_id: str | None = None  # W&B run to resume; None = derived from run_dir
+    progress: str = "auto"  # auto, rich, plain or off
+    picture: bool = True  # write progress.png at the end
+
+    def __post_init__(self) -> None:
+        if self.wandb_mode not in ("online", "offline", "disabled"):
+            raise InvalidRequest("monitor.wandb_mode", self.wandb_mode, "online, offline or disabled")
+        if self.progress not in ("auto", "rich", "plain", "off"):
+            raise InvalidRequest("monitor.progress", self.progress, "auto, rich, plain or off")
+
+
+@dataclass(kw_only=True)
+class RunConfig:
+    """A whole experiment; only launch/ sees it."""
+
+    run_dir: str = "runs/run"  # checkpoints, W&B files, summary.json and progress.png
+    resume: bool = True  # continue from the newest checkpoint in run_dir when there is one
+    model: ModelConfig = field(default_factory=ModelConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    sync: SyncConfig = field(default_factory=SyncConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    workload: WorkloadConfig = field(default_factory=WorkloadConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    monitor: MonitorConfig = field(default_factory=MonitorConfig)

@@ -1,0 +1,57 @@
+"""Operational failures, as a small tree of exceptions that survive pickling between processes.
+
+A caller's mistake is a `ValueError` (here `InvalidRequest`, which names what was wrong, what was
+got and what was expected). Everything else that can go wrong while serving is a `LongrollError`.
+"""
+
+from __future__ import annotations
+
+
+class LongrollError(Exception):
+    """Root of the operational errors."""
+
+
+class InvalidRequest(LongrollError, ValueError):
+    """The caller asked for something impossible; nothing was queued or changed.
+
+    Args:
+        what: The field or object that is wrong.
+        got: What was received (its repr is shown, shortened).
+        expected: What would have been accepted.
+    """
+
+    def __init__(self, what: str, got: object, expected: str) -> None:
+        super().__init__(what, got, expected)
+        self.what, self.got, self.expected = what, got, expected
+
+    def __str__(self) -> str:
+        got = self.got if isinstance(self.got, str) else repr(self.got)
+        got = got if len(got) <= 200 else got[:197] + "..."
+        return f"{self.what}: got {got}, expected {self.expected}"
+
+
+class EngineDead(LongrollError):
+    """An inference engine of the fleet is gone; its requests must go elsewhere."""
+
+
+class SyncRefused(LongrollError):
+    """A weight publication was refused; the old version goes on serving."""
+
+
+class RewardFailed(LongrollError):
+    """A reward function raised or ran out of time; the trajectory is failed with this reason."""
+
+
+class UnknownHandle(LongrollError, KeyError):
+    """A rollout handle that this controller does not hold (never issued, closed or expired)."""
+
+    def __str__(self) -> str:
+        return f"rollout handle: got {self.args[0]!r}, expected one returned by submit() and not closed"
+
+
+class CheckpointBroken(LongrollError):
+    """The newest checkpoint is incomplete, damaged, or of another number of ranks; nothing was loaded."""
+
+
+class TrainerDead(LongrollError):
+    """A trainer rank died, failed or fell silent; the group was stopped and must be started again."""

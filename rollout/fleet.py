@@ -1,0 +1,77 @@
+"""What shards, the controller and clients tell each other about themselves."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rendezvous:
+    """Where the data-parallel ranks of one expert-parallel group meet."""
+
+    host: str
+    rpc_port: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardInfo:
+    """A shard that has started.
+
+    Attributes:
+        rank: Data-parallel rank in its expert-parallel group.
+        num_experts: Routed experts of a layer; 0 for a dense model.
+        num_local_experts: How many of them this shard's workers hold together.
+        kv_tokens: Tokens that its KV cache holds.
+        vocab_size: Token ids are in [0, vocab_size).
+        max_model_len: Longest prompt + output in tokens.
+    """
+
+    rank: int
+    num_experts: int
+    num_local_experts: int
+    kv_tokens: int
+    vocab_size: int
+    max_model_len: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardStats:
+    """A shard at one moment. `kv_usage` is a share of the KV cache in [0, 1]."""
+
+    rank: int
+    version: int
+    num_running: int
+    num_waiting: int
+    kv_usage: float
+    num_tokens_generated: int
+    num_preemptions: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SyncReport:
+    """One publication that succeeded. `stall_s` is the time in which no shard decoded."""
+
+    version: int
+    num_tensors: int
+    num_bytes: int
+    stage_s: float
+    stall_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServiceStats:
+    """The service at one moment; counts are since its start."""
+
+    live_version: int
+    num_queued: int
+    num_running: int
+    num_finished: int
+    num_aborted: int
+    num_failed: dict[str, int] = field(default_factory=dict)
+    num_tokens_generated: int = 0
+    num_tokens_discarded: int = 0
+    tokens_per_s: float = 0.0
+    num_syncs: int = 0
+    num_syncs_refused: int = 0
+    num_clients: int = 0
+    shards: tuple[ShardStats, ...] = ()
