@@ -49,7 +49,16 @@ class ShardStats:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SyncReport:
-    """One publication that succeeded. `stall_s` is the time in which no shard decoded."""
+    """One publication that succeeded.
+
+    Attributes:
+        version: The version now live.
+        num_tensors: Tensors sent.
+        num_bytes: Their bytes, sent once however many shards read them.
+        stage_s: Seconds from begin to the last bucket staged, while generation went on.
+        stall_s: Seconds from the order to pause until all shards decode again; with the policy
+            `wait` this includes finishing what was running.
+    """
 
     version: int
     num_tensors: int
@@ -74,4 +83,7 @@ class ServiceStats:
     num_syncs: int = 0
     num_syncs_refused: int = 0
     num_clients: int = 0
+    num_retries: int = 0
+    num_groups_expired: int = 0
+    num_internal_errors: int = 0
     shards: tuple[ShardStats, ...] = ()

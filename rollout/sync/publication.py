@@ -159,7 +159,6 @@ class Publisher:
         except SyncRefused:
             await self._resume_after_failed_pause()
             raise
-        paused_at = self._clock()
         try:
             await self._all("apply", lambda r: r.apply(version))
             await self._all("resume", lambda r: r.resume())
@@ -171,7 +170,7 @@ class Publisher:
             num_tensors=len(self._serving),
             num_bytes=self._num_bytes,
             stage_s=staged_at - self._began_at,
-            stall_s=self._clock() - paused_at,
+            stall_s=self._clock() - staged_at,
         )
         self._live_version, self._state, self._version = version, State.IDLE, None
         return report
