@@ -1,0 +1,62 @@
+"""Position-keyed sampling: token = argmax(logits / T + Gumbel noise keyed by (seed, position)).
+
+The one dispatcher: CUDA tensors go to the Triton kernels, all others to the reference. It imports
+Triton on the first CUDA call, so a machine without Triton still samples. Both draw the same bits.
+"""
+
+import torch
+
+from kernels.gumbel_sample.reference import (
+    GUMBEL_MAX,
+    GUMBEL_MIN,
+    gumbel_noise,
+    gumbel_sample_reference,
+    truncation_threshold,
+)
+
+__all__ = [
+    "GUMBEL_MAX",
+    "GUMBEL_MIN",
+    "gumbel_noise",
+    "gumbel_sample",
+    "truncation_threshold",
+]
+
+
+def gumbel_sample(
+    logits: torch.Tensor,
+    *,
+    seeds: torch.Tensor,
+    positions: torch.Tensor,
+    temperature: torch.Tensor,
+    threshold: torch.Tensor | None = None,
+    lane: int = 0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sample one token per row; see ``reference.gumbel_sample_reference`` for the full contract.
+
+    Args:
+        logits: [B, V] float32, bfloat16 or float16; any row stride, last dimension contiguous.
+        seeds: [B] int64 in [0, 2**63).
+        positions: [B] int64 >= 0, absolute index of the token being sampled.
+        temperature: [B] float32; 0 is greedy.
+        threshold: [B] float32 from ``truncation_threshold``, or None to keep every token.
+        lane: Stream at this position, in [0, 2**32).
+
+    Returns:
+        (tokens [B] int64, logprobs [B] float32).
+
+    Raises:
+        ValueError: A shape, dtype, device, stride or (where it costs no sync) range is wrong.
+    """
+    if logits.is_cuda:
+        from kernels.gumbel_sample.triton import gumbel_sample_triton as implementation
+    else:
+        implementation = gumbel_sample_reference
+    return implementation(
+        logits,
+        seeds=seeds,
+        positions=positions,
+        temperature=temperature,
+        threshold=threshold,
+        lane=lane,
+    )
