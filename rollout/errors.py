@@ -30,8 +30,16 @@ class InvalidRequest(LongrollError, ValueError):
         return f"{self.what}: got {got}, expected {self.expected}"
 
 
+class QueueFull(LongrollError):
+    """A submission would put more trajectories under way than allowed; nothing was queued."""
+
+
 class EngineDead(LongrollError):
     """An inference engine of the fleet is gone; its requests must go elsewhere."""
+
+
+class ServiceLost(LongrollError):
+    """The rollout service itself is gone or cannot be reached."""
 
 
 class SyncRefused(LongrollError):

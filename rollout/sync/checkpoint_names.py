@@ -80,7 +80,7 @@ def split_parameter(name: str, tensor: torch.Tensor) -> list[tuple[str, torch.Te
     prefix, _, leaf = name.rpartition(".")
     if prefix.endswith(".experts") and leaf in ("gate_up_proj", "down_proj"):
         if tensor.ndim != 3 or (leaf == "gate_up_proj" and tensor.shape[1] % 2):
-            raise ValueError(f"fused parameter {name}: got shape {tuple(tensor.shape)}, expected [E, 2I, H] or [E, H, I]")
+            raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, expected [E, 2I, H] or [E, H, I]")
         if leaf == "down_proj":
             return [(f"{prefix}.{e}.down_proj.weight", tensor[e]) for e in range(tensor.shape[0])]
         half = tensor.shape[1] // 2

@@ -106,7 +106,7 @@ class Reference:
             positions = torch.arange(len(prompt), len(prompt) + rows)
             seeds = torch.full((rows,), trajectory.seed)
             threshold = truncation_threshold(
-                logits, temperatures,
+                logits, temperature=temperatures,
                 top_k=torch.full((rows,), top_k or vocabulary), top_p=torch.full((rows,), top_p),
             )
             scaled = logits / temperature
@@ -155,4 +155,4 @@ def restored(
     """Puts the original weights back after a test that published others."""
     yield
     reference.load(tiny_weights)
-    client.publish(client.stats().live_version + 1, tiny_weights.items())
+    client.publish(client.stats().live_version + 1, tiny_weights)

@@ -13,6 +13,7 @@ from actors.service import Service, start_service
 from rollout.client import RolloutClient
 from rollout.config import ClusterConfig, EngineConfig, ModelConfig, SchedulerConfig, SyncConfig
 from rollout.errors import InvalidRequest, LongrollError, UnknownHandle
+from rollout.handles import RolloutHandle
 from rollout.types import Prompt, SamplingParams, Status
 
 pytestmark = pytest.mark.engine
@@ -52,7 +53,7 @@ def test_bad_numbers_and_names_are_refused(client: RolloutClient) -> None:
     with pytest.raises(InvalidRequest, match="reward"):
         client.submit([GOOD], 1, SHORT, run_seed=0, reward="no_such_reward")
     with pytest.raises(UnknownHandle):
-        list(client.groups("no-such-handle"))
+        list(client.groups(RolloutHandle(handle_id="none", group_ids=("a",), n_samples_per_prompt=1)))
 
 
 def test_a_reward_that_raises_or_hangs_fails_its_trajectory_with_the_reason(client: RolloutClient) -> None:

@@ -61,7 +61,7 @@ def test_each_sync_reaches_every_shard_exactly(
     for step in (1, 2):
         weights = perturbed(tiny_weights, seed=step)
         version = client.stats().live_version + 1
-        report = client.publish(version, weights.items())
+        report = client.publish(version, weights)
         assert report.version == client.stats().live_version == version
         assert report.num_bytes == sum(w.numel() * 4 for w in weights.values())
         reference.load(weights)
@@ -99,9 +99,9 @@ def test_wrong_names_shapes_and_versions_are_refused(client: RolloutClient, serv
     missing = {n: w for n, w in tiny_weights.items() if n != name}
     for weights, message in ((wrong_shape, "shape"), (wrong_name, "not a tensor of the model"), (missing, "missing")):
         with pytest.raises(SyncRefused, match=message):
-            client.publish(live + 1, weights.items())
+            client.publish(live + 1, weights)
     with pytest.raises(SyncRefused, match="above the live version"):
-        client.publish(live, tiny_weights.items())
+        client.publish(live, tiny_weights)
     assert client.stats().live_version == live
     assert_every_shard_serves(service, reference)
 
@@ -133,7 +133,7 @@ def test_what_runs_during_a_sync_follows_the_policy(
     reference.load(weights)
     assert_every_shard_serves(service, reference)
     # The controller did not see this publication; the next one (fixture `restored`) is numbered above it.
-    client.publish(live + 2, tiny_weights.items())
+    client.publish(live + 2, tiny_weights)
 
 
 async def _publish_directly(service: Service, live: int, weights: dict[str, torch.Tensor], policy: InFlight) -> None:
@@ -183,7 +183,7 @@ def test_publishing_while_a_client_generates_loses_nothing(client: RolloutClient
     reader = threading.Thread(target=lambda: done.extend(client.groups(handle)))
     reader.start()
     for step in range(3):
-        client.publish(first + step, perturbed(tiny_weights, seed=10 + step).items())
+        client.publish(first + step, perturbed(tiny_weights, seed=10 + step))
     reader.join(timeout=120)
     assert not reader.is_alive() and len(done) == len(PROBES)
     for trajectory in (t for g in done for t in g.trajectories):

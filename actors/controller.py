@@ -1,0 +1,365 @@
+"""The controller: one async Ray actor between clients, shards and reward workers.
+
+    submit ─► Scheduler ─► shard.generate ─► Scheduler ─► RewardPool ─► Scheduler ─► Ledger ─► next_groups
+
+Owns the event loop in which these meet, and the background tasks. What happens to a trajectory is
+decided in `rollout.scheduler`, who is owed what in its ledger, and how weights flip in
+`rollout.sync.publication`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import uuid
+from collections import deque
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from typing import Any
+
+from ray.exceptions import RayActorError
+
+from actors.receivers import ShardReceiver, answer
+from actors.rewards import RewardPool, RewardTimeout
+from rollout.config import InFlight, ModelConfig, SchedulerConfig, SyncConfig
+from rollout.errors import EngineDead, InvalidRequest, RewardFailed, SyncRefused
+from rollout.fleet import ServiceStats, ShardInfo, ShardStats, SyncReport
+from rollout.handles import Delivery, Progress, RolloutHandle
+from rollout.scheduler.ledger import Ledger
+from rollout.scheduler.records import Dispatch, FailureKind, ScoreJob
+from rollout.scheduler.scheduler import Scheduler
+from rollout.sync.manifest import BucketRef, TensorSpec
+from rollout.sync.publication import Publisher
+from rollout.types import ModelLimits, RolloutRequest
+
+logger = logging.getLogger(__name__)
+HOUSEKEEPING_S = 1.0
+RATE_WINDOW_S = 10.0
+STATS_TIMEOUT_S = 5.0
+
+
+class Controller:
+    """Serves clients; see rollout.client for the other end of every method.
+
+    Args:
+        config: Queues and rewards.
+        sync: Publications.
+        model: Whose tokenizer the reward workers use.
+        shards: Actor handles of shards that have started, by rank.
+        infos: What they said about themselves, in the same order.
+        serving: Every tensor of the model, for the check of publications.
+        initial_version: Version of the weights that the shards loaded.
+    """
+
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        sync: SyncConfig,
+        model: ModelConfig,
+        shards: Sequence[Any],
+        infos: Sequence[ShardInfo],
+        serving: Mapping[str, TensorSpec],
+        initial_version: int = 0,
+    ) -> None:
+        self._config, self._sync = config, sync
+        self._shards = {info.rank: shard for info, shard in zip(infos, shards, strict=True)}
+        self._limits = ModelLimits(
+            vocab_size=min(info.vocab_size for info in infos), max_model_len=min(info.max_model_len for info in infos)
+        )
+        self._scheduler = Scheduler(
+            config, self._limits, sorted(self._shards), partial_rollout=sync.partial_rollout
+        )
+        self._ledger = Ledger(config.client_timeout_s)
+        self._rewards = RewardPool(model, config.num_reward_workers, config.reward_timeout_s)
+        receivers = [ShardReceiver(self._shards[rank]) for rank in sorted(self._shards)]
+        self._publisher = Publisher(receivers, serving, sync, live_version=initial_version)
+        self._events: dict[str, asyncio.Event] = {}
+        self._aborting: set[str] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._num_flips_under_way = 0
+        self._num_syncs = self._num_syncs_refused = 0
+        self._num_groups_expired = self._num_internal_errors = 0
+        self._rate: deque[tuple[float, int]] = deque()
+        self._is_stopping = False
+
+    async def start(self) -> None:
+        """Begin housekeeping; called once, by whoever made this actor."""
+        self._spawn(self._keep_house(), "housekeeping", lambda reason: None)
+
+    async def limits(self) -> ModelLimits:
+        return self._limits
+
+    async def submit(self, request: RolloutRequest, client_id: str) -> RolloutHandle:
+        """Queue a request.
+
+        Raises:
+            InvalidRequest: A prompt does not fit the model, or there is no such reward.
+            QueueFull: Too much is under way.
+            EngineDead: No engine is left.
+        """
+        await self._rewards.check(request.reward)
+        handle_id = uuid.uuid4().hex
+        now = time.monotonic()
+        self._scheduler.submit(handle_id, request, now)
+        self._ledger.open(handle_id, client_id, len(request.prompts), now)
+        self._events[handle_id] = asyncio.Event()
+        self._pump()
+        return RolloutHandle(
+            handle_id=handle_id, group_ids=request.group_ids, n_samples_per_prompt=request.n_samples_per_prompt
+        )
+
+    async def next_groups(
+        self, handle_id: str, max_groups: int, timeout_s: float, acknowledged: Sequence[str] = ()
+    ) -> Delivery:
+        """Wait for finished groups; they are delivered again until acknowledged.
+
+        Args:
+            handle_id: The submission.
+            max_groups: Most groups in the answer, ≥ 1.
+            timeout_s: Longest wait; the answer is empty after it.
+            acknowledged: Ids of groups that the client has received.
+
+        Raises:
+            UnknownHandle: Never issued, closed or expired.
+        """
+        if max_groups < 1:
+            raise InvalidRequest("max_groups", max_groups, "an integer ≥ 1")
+        if await self.acknowledge(handle_id, acknowledged):
+            return Delivery(groups=(), is_done=True)
+        deadline = time.monotonic() + min(timeout_s, self._config.client_timeout_s / 2)
+        while True:
+            event = self._events.get(handle_id)
+            if event is not None:
+                event.clear()
+            delivery = self._ledger.peek(handle_id, max_groups)
+            remaining_s = deadline - time.monotonic()
+            if delivery.groups or remaining_s <= 0 or event is None:
+                return delivery
+            try:
+                await asyncio.wait_for(event.wait(), remaining_s)
+            except TimeoutError:
+                continue  # one last look, then an empty answer
+
+    async def acknowledge(self, handle_id: str, group_ids: Sequence[str]) -> bool:
+        """The client has these groups. Returns True when it has them all, which closes the handle."""
+        self._ledger.touch(handle_id, time.monotonic())
+        is_closed = self._ledger.acknowledge(handle_id, group_ids)
+        if is_closed:
+            self._close(handle_id)
+        return is_closed
+
+    async def abort(self, handle_id: str) -> None:
+        """Give up unfinished trajectories; all groups stay deliverable. Raises UnknownHandle."""
+        self._ledger.touch(handle_id, time.monotonic())
+        self._ledger.mark_aborted(handle_id)
+        self._abort(handle_id)
+        self._pump()
+
+    async def progress(self, handle_id: str) -> Progress:
+        self._ledger.touch(handle_id, time.monotonic())
+        return self._scheduler.progress(handle_id)
+
+    async def begin_publish(self, version: int, specs: Sequence[TensorSpec]) -> None:
+        await self._publication_step(self._publisher.begin(version, specs))
+
+    async def publish_bucket(self, ref: BucketRef) -> None:
+        await self._publication_step(self._publisher.stage(ref))
+
+    async def commit_publish(self, version: int) -> SyncReport:
+        """Flip all shards; nothing is dispatched until that is over, one way or the other."""
+        self._num_flips_under_way += 1
+        try:
+            report: SyncReport = await self._publication_step(self._publisher.commit(version))
+            self._num_syncs += 1
+            if self._sync.in_flight is InFlight.ABORT and not self._sync.partial_rollout:
+                self._scheduler.restart_queued(time.monotonic())
+            return report
+        finally:
+            self._num_flips_under_way -= 1
+            self._pump()
+
+    async def abandon_publish(self, version: int) -> None:
+        await self._publisher.abandon(version)
+
+    async def stats(self) -> ServiceStats:
+        now, counts = time.monotonic(), self._scheduler.counts
+        self._sample_rate(now)
+        (began, before), (ended, after) = self._rate[0], self._rate[-1]
+        return ServiceStats(
+            live_version=self._publisher.live_version,
+            num_queued=self._scheduler.num_queued,
+            num_running=self._scheduler.num_running,
+            num_finished=counts.num_finished,
+            num_aborted=counts.num_aborted,
+            num_failed=dict(counts.num_failed),
+            num_tokens_generated=counts.num_tokens_generated,
+            num_tokens_discarded=counts.num_tokens_discarded,
+            tokens_per_s=(after - before) / (ended - began) if ended > began else 0.0,
+            num_syncs=self._num_syncs,
+            num_syncs_refused=self._num_syncs_refused,
+            num_clients=self._ledger.num_clients,
+            num_retries=counts.num_retries,
+            num_groups_expired=self._num_groups_expired,
+            num_internal_errors=self._num_internal_errors,
+            shards=await self._shard_stats(),
+        )
+
+    async def shutdown(self) -> None:
+        """End all background work and the reward processes; the shards are their maker's."""
+        self._is_stopping = True
+        for task in list(self._tasks):
+            task.cancel()
+        self._rewards.stop()
+
+    def _pump(self) -> None:
+        """Carry what the scheduler has ready to where it goes. Never waits."""
+        if self._is_stopping:
+            return
+        for finished in self._scheduler.take_finished():
+            if not self._ledger.add(finished.handle_id, finished.group):
+                self._num_groups_expired += 1
+            self._wake(finished.handle_id)
+        for job in self._scheduler.take_score_jobs():
+            self._spawn_for(job.flight_id, self._score(job))
+        if self._num_flips_under_way == 0:
+            for dispatch in self._scheduler.next_dispatches(time.monotonic()):
+                self._spawn_for(dispatch.chunk.trajectory_id, self._run_chunk(dispatch))
+
+    async def _run_chunk(self, dispatch: Dispatch) -> None:
+        shard, flight_id = self._shards[dispatch.shard], dispatch.chunk.trajectory_id
+        try:
+            result = await answer(shard.generate.remote(dispatch.chunk))
+        except (EngineDead, RayActorError) as error:
+            if self._shards[dispatch.shard] is shard:
+                self._on_shard_death(dispatch.shard, str(error))
+        except Exception as error:  # whatever an engine raises about one request fails that one only
+            logger.warning("chunk of %s failed on shard %d: %r", flight_id, dispatch.shard, error)
+            reason = f"shard {dispatch.shard}: {type(error).__name__}: {error}"
+            self._scheduler.on_chunk_failed(flight_id, FailureKind.ENGINE_ERROR, reason, time.monotonic())
+        else:
+            if (result.trajectory_id, result.shard) != (flight_id, dispatch.shard):
+                got = f"{result.trajectory_id} of shard {result.shard}"
+                reason = f"engine result: got {got}, expected {flight_id} of shard {dispatch.shard}"
+                self._scheduler.on_chunk_failed(flight_id, FailureKind.ENGINE_ERROR, reason, time.monotonic())
+            else:
+                self._scheduler.on_chunk(result, time.monotonic())
+        self._pump()
+
+    async def _score(self, job: ScoreJob) -> None:
+        try:
+            score = await self._rewards.score(job.reward, job.group.prompt, tuple(job.trajectory.token_ids))
+        except RewardFailed as error:
+            kind = FailureKind.REWARD_TIMEOUT if isinstance(error, RewardTimeout) else FailureKind.REWARD_RAISED
+            self._scheduler.on_reward_failed(job.flight_id, kind, f"reward: {error}", time.monotonic())
+        else:
+            self._scheduler.on_reward(job.flight_id, score.reward, score.extras, time.monotonic())
+        self._pump()
+
+    def _on_shard_death(self, rank: int, reason: str) -> None:
+        """Seam for a supervisor: it may start the shard anew and call Scheduler.on_shard_restart."""
+        if rank in self._scheduler.live_shards:
+            logger.error("shard %d is dead: %s", rank, reason)
+            self._scheduler.on_shard_death(rank, reason, time.monotonic())
+
+    async def _publication_step(self, step: Coroutine[Any, Any, Any]) -> Any:
+        try:
+            return await step
+        except SyncRefused:
+            self._num_syncs_refused += 1
+            raise
+        except EngineDead as error:  # broken inside the flip: what the shards hold is not known
+            self._num_syncs_refused += 1
+            for rank in self._scheduler.live_shards:
+                self._on_shard_death(rank, str(error))
+            self._pump()
+            raise
+
+    def _abort(self, handle_id: str) -> None:
+        running = self._scheduler.abort(handle_id, time.monotonic())
+        self._aborting.add(handle_id)
+        if not running:
+            self._aborting.discard(handle_id)
+        for rank, flight_ids in running.items():
+            self._spawn(self._abort_on(rank, flight_ids), f"abort on shard {rank}", lambda reason: None)
+
+    async def _abort_on(self, rank: int, flight_ids: list[str]) -> None:
+        try:
+            await answer(self._shards[rank].abort.remote(flight_ids))
+        except (EngineDead, RayActorError) as error:
+            self._on_shard_death(rank, str(error))
+            self._pump()
+
+    async def _keep_house(self) -> None:
+        while True:
+            await asyncio.sleep(HOUSEKEEPING_S)
+            try:
+                self._keep_house_once(time.monotonic())
+            except Exception:  # this loop must go on; the fault is visible as a metric
+                self._num_internal_errors += 1
+                logger.exception("housekeeping failed")
+
+    def _keep_house_once(self, now: float) -> None:
+        expired = self._ledger.expire(now)
+        for handle_id in expired.to_abort:
+            logger.warning("the client of %s has been silent; aborting its unfinished work", handle_id)
+        self._num_groups_expired += expired.num_groups_dropped
+        for handle_id in expired.closed:
+            self._close(handle_id)
+        # An abort can overtake the request it is for on its way into the engine, so it is repeated.
+        for handle_id in {*expired.to_abort, *self._aborting}:
+            self._abort(handle_id)
+        self._sample_rate(now)
+        self._pump()
+
+    def _sample_rate(self, now: float) -> None:
+        self._rate.append((now, self._scheduler.counts.num_tokens_generated))
+        while len(self._rate) > 2 and now - self._rate[1][0] >= RATE_WINDOW_S:
+            self._rate.popleft()
+
+    async def _shard_stats(self) -> tuple[ShardStats, ...]:
+        live = self._scheduler.live_shards
+        calls = [asyncio.wait_for(answer(self._shards[rank].stats.remote()), STATS_TIMEOUT_S) for rank in live]
+        found = []
+        for rank, got in zip(live, await asyncio.gather(*calls, return_exceptions=True), strict=True):
+            if isinstance(got, ShardStats):
+                found.append(got)
+            elif isinstance(got, RayActorError):
+                self._on_shard_death(rank, str(got))
+            else:
+                logger.warning("shard %d gave no statistics: %r", rank, got)
+        self._pump()
+        return tuple(found)
+
+    def _wake(self, handle_id: str) -> None:
+        event = self._events.get(handle_id)
+        if event is not None:
+            event.set()
+
+    def _close(self, handle_id: str) -> None:
+        self._scheduler.forget(handle_id)
+        self._aborting.discard(handle_id)
+        self._wake(handle_id)
+        self._events.pop(handle_id, None)
+
+    def _spawn_for(self, flight_id: str, work: Coroutine[Any, Any, None]) -> None:
+        def fail(reason: str) -> None:
+            self._scheduler.on_internal_error(flight_id, reason, time.monotonic())
+            self._pump()
+
+        self._spawn(work, flight_id, fail)
+
+    def _spawn(self, work: Coroutine[Any, Any, None], name: str, on_error: Callable[[str], None]) -> None:
+        """Run in the background; an exception is logged, counted and given to `on_error`."""
+        task = asyncio.get_running_loop().create_task(work, name=name)
+        self._tasks.add(task)
+
+        def done(task: asyncio.Task[None]) -> None:
+            self._tasks.discard(task)
+            if task.cancelled() or task.exception() is None:
+                return
+            error = task.exception()
+            self._num_internal_errors += 1
+            logger.error("background task %s failed", name, exc_info=error)
+            on_error(f"internal error: {type(error).__name__}: {error}")
+
+        task.add_done_callback(done)

@@ -1,0 +1,260 @@
+"""Starting and stopping the service: placement, shards, controller.
+
+Owns everything it starts and stops all of it when anything fails. Knows nothing of requests.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from actors.controller import Controller
+from rollout.client import RolloutClient
+from rollout.config import ClusterConfig, EngineConfig, ModelConfig, SchedulerConfig, SyncConfig
+from rollout.errors import EngineDead, InvalidRequest, LongrollError, ServiceLost
+from rollout.fleet import Rendezvous, ShardInfo
+from rollout.remote import client_error
+from rollout.sync.checkpoint_names import checkpoint_specs
+
+logger = logging.getLogger(__name__)
+CONTROLLER_NAME = "longroll-controller"
+CONTROLLER_CONCURRENCY = 4096  # every long poll holds one place
+SHUTDOWN_TIMEOUT_S = 30.0
+StartCallback = Callable[[int, int], None]
+"""Called with shards ready and shards in all."""
+
+
+@dataclass(kw_only=True)
+class Service:
+    """A running service; `stop` ends every process of it. Usable as a context manager."""
+
+    namespace: str
+    shards: list[Any] = field(default_factory=list)
+    infos: list[ShardInfo] = field(default_factory=list)
+    controller: Any = None
+    placement: Any = None
+    bucket_bytes: int = SyncConfig().bucket_bytes
+
+    @property
+    def client(self) -> RolloutClient:
+        """A new client of this service."""
+        return RolloutClient(self.controller, self.bucket_bytes)
+
+    def __enter__(self) -> Service:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Shut down controller and shards, then kill their actors; may be called again."""
+        if not ray.is_initialized():
+            return
+        if self.controller is not None:
+            _settle([self.controller.shutdown.remote()], "the controller")
+            ray.kill(self.controller)
+        _settle([shard.shutdown.remote() for shard in self.shards], "a shard")
+        for shard in self.shards:
+            ray.kill(shard)
+        if self.placement is not None:
+            remove_placement_group(self.placement)
+        self.controller, self.shards, self.placement = None, [], None
+
+
+def start_service(
+    model: ModelConfig,
+    engine: EngineConfig,
+    scheduler: SchedulerConfig,
+    sync: SyncConfig,
+    cluster: ClusterConfig,
+    *,
+    on_progress: StartCallback | None = None,
+    initial_version: int = 0,
+    shard_class: type | None = None,
+) -> Service:
+    """Start all shards of one expert-parallel group and their controller.
+
+    Args:
+        on_progress: Told how many shards are ready.
+        initial_version: Version of the weights in the model directory.
+        shard_class: Class of the shard actors; None = actors.shard.Shard.
+
+    Raises:
+        InvalidRequest: The model directory or the configuration is wrong.
+        LongrollError: The cluster lacks resources, or another service has the same name.
+        EngineDead: A shard did not start, with its reason.
+    """
+    serving = checkpoint_specs(model.path, model.dtype)
+    ensure_ray(cluster)
+    _check_name_is_free(cluster.namespace)
+    check_resources(engine, cluster)
+    service = Service(namespace=cluster.namespace, bucket_bytes=sync.bucket_bytes)
+    try:
+        _create_shards(service, model, engine, scheduler, sync, cluster, initial_version, shard_class)
+        service.infos = _start_shards(service.shards, engine.start_timeout_s, on_progress)
+        actor = ray.remote(Controller).options(
+            name=CONTROLLER_NAME, namespace=cluster.namespace, num_cpus=0, max_concurrency=CONTROLLER_CONCURRENCY
+        )
+        service.controller = actor.remote(
+            scheduler, sync, model, service.shards, service.infos, serving, initial_version
+        )
+        ray.get(service.controller.start.remote())
+    except BaseException as error:
+        service.stop()
+        raise client_error(error) from (error.__cause__ if isinstance(error, LongrollError) else None)
+    return service
+
+
+def connect(namespace: str) -> RolloutClient:
+    """A client of the service that runs in a namespace of the Ray cluster this process has joined.
+
+    Raises:
+        ServiceLost: If there is none.
+    """
+    try:
+        return RolloutClient(ray.get_actor(CONTROLLER_NAME, namespace=namespace))
+    except ValueError:
+        raise ServiceLost(f"rollout service: got none in namespace {namespace!r}, expected a running one") from None
+
+
+def ensure_ray(cluster: ClusterConfig) -> None:
+    """Join the cluster of the configuration, that of the job, or start a local one."""
+    if ray.is_initialized():
+        return
+    os.environ.setdefault("RAY_worker_niceness", "0")  # a local cluster's workers would run at nice 15
+    address = cluster.address or os.environ.get("RAY_ADDRESS")
+    options = {"namespace": cluster.namespace, "log_to_driver": True}
+    if address is None:
+        ray.init(address="local", include_dashboard=cluster.dashboard, **options)
+    else:
+        ray.init(address=address, **options)
+
+
+def check_resources(engine: EngineConfig, cluster: ClusterConfig) -> None:
+    """Compare what the engines need with what the cluster has, before anything waits for it.
+
+    Raises:
+        InvalidRequest: The shards do not fit the configured nodes.
+        LongrollError: The cluster has less than configured.
+    """
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    if cluster.num_gpus_per_node == 0:
+        need, have = engine.num_shards * cluster.num_cpus_per_shard, sum(n.get("CPU", 0.0) for n in nodes)
+        if engine.tensor_parallel_size != 1:
+            raise InvalidRequest("engine.tensor_parallel_size", engine.tensor_parallel_size, "1 without GPUs")
+        if have < need:
+            raise LongrollError(
+                f"cluster: got {have:g} CPUs, expected {need:g} for {engine.num_shards} shards of "
+                f"{cluster.num_cpus_per_shard:g} (cluster.num_cpus_per_shard)"
+            )
+        return
+    per_node = cluster.num_gpus_per_node // engine.tensor_parallel_size
+    if engine.num_shards > per_node * cluster.num_nodes:
+        raise InvalidRequest(
+            "engine.num_shards", f"{engine.num_shards} of {engine.tensor_parallel_size} GPUs",
+            f"at most {per_node * cluster.num_nodes} on {cluster.num_nodes} nodes of {cluster.num_gpus_per_node} GPUs",
+        )
+    gpus = sorted((int(n.get("GPU", 0)) for n in nodes), reverse=True)
+    if sum(g >= cluster.num_gpus_per_node for g in gpus) < cluster.num_nodes:
+        raise LongrollError(
+            f"cluster: got {len(gpus)} nodes with {gpus} GPUs, expected {cluster.num_nodes} nodes with at least "
+            f"{cluster.num_gpus_per_node} GPUs each (cluster.num_nodes, cluster.num_gpus_per_node)"
+        )
+
+
+def _check_name_is_free(namespace: str) -> None:
+    try:
+        ray.get_actor(CONTROLLER_NAME, namespace=namespace)
+    except ValueError:
+        return
+    raise LongrollError(
+        f"cluster.namespace: got {namespace!r}, in which a service is running already, expected one of its own"
+    )
+
+
+def _create_shards(
+    service: Service,
+    model: ModelConfig,
+    engine: EngineConfig,
+    scheduler: SchedulerConfig,
+    sync: SyncConfig,
+    cluster: ClusterConfig,
+    initial_version: int,
+    shard_class: type | None,
+) -> None:
+    if shard_class is None:
+        from actors.shard import Shard as shard_class  # type: ignore[no-redef]
+    num_gpus = engine.tensor_parallel_size if cluster.num_gpus_per_node else 0
+    if num_gpus:
+        service.placement = _reserve(engine, cluster)
+    for rank in range(engine.num_shards):
+        strategy: Any = "DEFAULT"
+        if service.placement is not None:
+            strategy = PlacementGroupSchedulingStrategy(
+                service.placement, placement_group_bundle_index=rank, placement_group_capture_child_tasks=True
+            )
+        actor = ray.remote(shard_class).options(
+            num_cpus=cluster.num_cpus_per_shard,
+            num_gpus=num_gpus,
+            max_concurrency=scheduler.max_running_per_shard + 64,  # chunks, and room for control calls
+            scheduling_strategy=strategy,
+        )
+        service.shards.append(
+            actor.remote(rank=rank, model=model, engine=engine, sync=sync, initial_version=initial_version)
+        )
+
+
+def _reserve(engine: EngineConfig, cluster: ClusterConfig) -> Any:
+    """One bundle for each shard, so that its GPUs lie on one node."""
+    bundle = {"GPU": float(engine.tensor_parallel_size), "CPU": cluster.num_cpus_per_shard}
+    group = placement_group([bundle] * engine.num_shards, strategy=cluster.placement_strategy)
+    if not group.wait(timeout_seconds=engine.start_timeout_s):
+        remove_placement_group(group)
+        free = ray.available_resources()
+        raise LongrollError(
+            f"cluster: got {free.get('GPU', 0):g} free GPUs and {free.get('CPU', 0):g} free CPUs, expected room for "
+            f"{engine.num_shards} bundles of {bundle} within {engine.start_timeout_s:g} s"
+        )
+    return group
+
+
+def _start_shards(shards: list[Any], timeout_s: float, on_progress: StartCallback | None) -> list[ShardInfo]:
+    """Start all shards together; returns what they say, by rank."""
+    deadline = time.monotonic() + timeout_s
+    rendezvous: Rendezvous = ray.get(shards[0].rendezvous.remote(), timeout=timeout_s)
+    waiting = [shard.start.remote(rendezvous) for shard in shards]
+    place = {reference: rank for rank, reference in enumerate(waiting)}
+    infos: dict[int, ShardInfo] = {}
+    while waiting:
+        remaining_s = deadline - time.monotonic()
+        if remaining_s <= 0:
+            ranks = sorted(place[reference] for reference in waiting)
+            raise EngineDead(f"shards {ranks}: not ready within start_timeout_s = {timeout_s:g} s")
+        ready, waiting = ray.wait(waiting, timeout=min(1.0, remaining_s))
+        for reference in ready:
+            infos[place[reference]] = ray.get(reference)
+        if on_progress is not None and ready:
+            on_progress(len(infos), len(shards))
+    return [infos[rank] for rank in range(len(shards))]
+
+
+def _settle(references: list[Any], what: str) -> None:
+    """Wait for calls to end; their failures are logged, as everything is killed next."""
+    if not references:
+        return
+    ready, late = ray.wait(references, num_returns=len(references), timeout=SHUTDOWN_TIMEOUT_S)
+    if late:
+        logger.warning("%s did not shut down within %g s", what, SHUTDOWN_TIMEOUT_S)
+    for reference in ready:
+        try:
+            ray.get(reference)
+        except Exception as error:  # it may be dead, which is what is wanted
+            logger.warning("%s failed to shut down: %s", what, client_error(error))

@@ -1,0 +1,248 @@
+"""A trainer rank: one DeepSpeed data-parallel rank in one Ray actor.
+
+Owns the engine process of its rank. It knows nothing of groups, rewards, files' protocol or the other
+actors: it is handed micro-batches whose tokens carry their weight in the global loss, does one
+optimizer step, and takes part in gathers and checkpoints as `TrainerGroup` tells all ranks together.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import deepspeed
+import ray
+import torch
+import torch.distributed as dist
+from ray.actor import ActorHandle
+
+from actors.trainer_model import (
+    build_module,
+    deepspeed_config,
+    join_group,
+    open_store,
+    restore_rotary_frequencies,
+    use_one_thread_on_cpu,
+)
+from actors.weight_source import ControllerReceiver, WeightSource, weights_digest
+from rollout.batch import MicroBatch
+from rollout.checkpoints import CheckpointDir
+from rollout.config import ModelConfig, Reference, SyncConfig, TrainerConfig
+from rollout.errors import CheckpointBroken, InvalidRequest, LongrollError
+from rollout.fleet import Rendezvous, SyncReport
+from rollout.loss import importance_weights, policy_loss, selected_logprobs
+from rollout.mismatch import measure
+from rollout.train_metrics import StepSums
+
+RANK_FILE = re.compile(r"zero_pp_rank_(\d+)_")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepResult:
+    """Global sums of a step (the same on every rank), and the gradient norm before clipping."""
+
+    sums: StepSums
+    grad_norm: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Continuation:
+    """Greedy tokens, and for each the gap between the two largest logits (small = near tie)."""
+
+    token_ids: tuple[int, ...]
+    gaps: tuple[float, ...]
+
+
+class TrainerRank:
+    """One rank. Every method but the first two is collective: all ranks are called together.
+
+    Args:
+        rank: Data-parallel rank.
+        model: The policy, and the reference of the KL penalty when there is one.
+        config: The update.
+        sync: How weights are published.
+        temperature: Of sampling; log-probabilities are taken at the same one.
+        controller: Receives publications; None when nothing is served.
+        checkpoints: Where checkpoints lie.
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        model: ModelConfig,
+        config: TrainerConfig,
+        sync: SyncConfig,
+        temperature: float,
+        controller: ActorHandle | None,
+        checkpoints: CheckpointDir,
+    ) -> None:
+        use_one_thread_on_cpu(config)
+        self._rank, self._model, self._config, self._sync = rank, model, config, sync
+        self._temperature, self._controller, self._checkpoints = temperature, controller, checkpoints
+        self._store: dist.TCPStore | None = None
+        self._engine: Any = None
+        self._reference: Any = None
+
+    def rendezvous(self) -> Rendezvous:
+        """Open the meeting point on this node. Asked of rank 0 only."""
+        host = ray.util.get_node_ip_address()
+        self._store = open_store(self._rank, self._config.num_ranks, host, self._config.start_timeout_s)
+        return Rendezvous(host=host, rpc_port=self._store.port)
+
+    def start(self, rendezvous: Rendezvous) -> None:
+        """Join the group and load the model."""
+        config = self._config
+        self._device = join_group(self._rank, rendezvous, config, self._store)
+        torch.manual_seed(config.seed)
+        ds_config = deepspeed_config(config, self._model.dtype)
+        module = build_module(self._model, config, ds_config)
+        self._engine, *_ = deepspeed.initialize(
+            model=module, model_parameters=module.parameters(), config=ds_config
+        )
+        restore_rotary_frequencies(module)
+        if config.kl_reference is not Reference.NONE:
+            ds_reference = {key: value for key, value in ds_config.items() if key != "optimizer"}
+            frozen = build_module(self._model, config, ds_config).requires_grad_(False).eval()
+            self._reference, *_ = deepspeed.initialize(model=frozen, config=ds_reference)
+            restore_rotary_frequencies(frozen)
+
+    def train_step(
+        self, batches: list[MicroBatch], lr: float, num_batch_tokens: int, version: int
+    ) -> StepResult:
+        """Accumulate the gradient of the micro-batches and step once.
+
+        Args:
+            batches: This rank's share, the same number on every rank.
+            lr: Step size.
+            num_batch_tokens: Tokens of the global batch, prompts included (share of the router loss).
+            version: Weight version after the step; seeds the random state, so that a resumed run
+                repeats it.
+
+        Raises:
+            LongrollError: On every rank, before the weights change, when the loss is not finite.
+        """
+        torch.manual_seed(self._config.seed * 1_000_003 + version * self._config.num_ranks + self._rank)
+        self._engine.train()
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = lr
+        local = StepSums()
+        for batch in batches:
+            loss = self._micro_batch_loss(batch, num_batch_tokens, local)
+            # DeepSpeed divides the summed gradient by the number of ranks; the weights of the tokens
+            # already are those of the global batch.
+            self._engine.backward(loss * self._config.num_ranks)
+        sums = self._reduce(local)
+        if not torch.isfinite(sums.to_tensor()).all():
+            raise LongrollError(f"version {version}: got a loss that is not finite ({sums}); no step was taken")
+        self._engine.step()
+        grad_norm = float(self._engine.get_global_grad_norm())
+        if not grad_norm < float("inf"):
+            raise LongrollError(f"version {version}: gradient norm {grad_norm}, the weights are lost")
+        return StepResult(sums=sums, grad_norm=grad_norm)
+
+    def _micro_batch_loss(self, batch: MicroBatch, num_batch_tokens: int, sums: StepSums) -> torch.Tensor:
+        config = self._config
+        weights = batch.weights.to(self._device)
+        sampling = batch.sampling_logprobs.to(self._device)
+        is_trained = weights > 0
+        reference = None
+        if self._reference is not None:
+            with torch.no_grad():
+                reference, _ = self._logprobs(self._reference, batch)
+        logprobs, aux_loss = self._logprobs(self._engine, batch)
+        old = logprobs.detach()  # one update a batch: the policy that is updated is the old one
+        tis = importance_weights(old, sampling, config.tis_cap) if config.use_tis else None
+        terms = policy_loss(
+            logprobs, old, batch.advantages.to(self._device), weights,
+            clip_low=config.clip_low, clip_high=config.clip_high, tis_weights=tis,
+            reference_logprobs=reference, kl_coef=config.kl_coef,
+        )
+        sums.add(terms, measure(old, sampling, is_trained))
+        sums.neg_logprob -= float(old[is_trained].sum())
+        sums.tis_weight += float(is_trained.sum() if tis is None else tis[is_trained].sum())
+        sums.tis_capped += 0.0 if tis is None else float((tis[is_trained] >= config.tis_cap).sum())
+        if aux_loss is None:
+            return terms.loss
+        # The load-balancing loss is not a sum over tokens; each micro-batch counts by its share of them.
+        share = float(batch.lengths.sum()) / num_batch_tokens if bool(is_trained.any()) else 0.0
+        aux_loss = aux_loss * (config.router_aux_loss_coef * share)
+        sums.router_aux_loss += float(aux_loss.detach())
+        return terms.loss + aux_loss
+
+    def _logprobs(self, engine: Any, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Log-probabilities of the targets [B, T], and the router loss when it is used.
+
+        Rows are padded on the right and attention is causal, so no real token sees a pad and no mask
+        is needed; only the router loss must be told which tokens are real.
+        """
+        ids = batch.input_ids.to(self._device)
+        length = ids.shape[1]
+        keep = torch.arange(batch.first_target - 1, length - 1, device=self._device)
+        needs_router = self._config.router_aux_loss_coef > 0
+        mask = None
+        if needs_router:
+            mask = (torch.arange(length)[None, :] < batch.lengths[:, None]).long().to(self._device)
+        output = engine(input_ids=ids, attention_mask=mask, logits_to_keep=keep, use_cache=False,
+                        output_router_logits=needs_router)
+        logprobs = selected_logprobs(output.logits, ids[:, batch.first_target :], self._temperature)
+        return logprobs, output.aux_loss if needs_router else None
+
+    def _reduce(self, sums: StepSums) -> StepSums:
+        total = sums.to_tensor().to(self._device)
+        largest = total[-1:].clone()
+        dist.all_reduce(total)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+        total[-1:] = largest
+        return StepSums.from_tensor(total)
+
+    def publish(self, version: int) -> SyncReport | None:
+        """Send the weights to the controller; see WeightSource.publish."""
+        if self._controller is None:
+            raise InvalidRequest("publish", "a trainer without a controller", "one that serves engines")
+        receiver = ControllerReceiver(self._controller, self._sync.timeout_s)
+        return WeightSource(self._engine.module, self._model.dtype, self._sync, receiver).publish(version)
+
+    def save(self, step: int) -> None:
+        """Write this rank's part of a checkpoint and seal it."""
+        self._engine.save_checkpoint(
+            str(self._checkpoints.root), tag=self._checkpoints.tag(step), save_latest=False
+        )
+        mine = []
+        for file in sorted(self._checkpoints.path(step).glob("*.pt")):
+            match = RANK_FILE.search(file.name)
+            if (int(match.group(1)) if match else 0) == self._rank:
+                mine.append(file)
+        self._checkpoints.seal(step, self._rank, mine)
+
+    def verify(self, step: int) -> None:
+        """Check this rank's files of a checkpoint. Not collective."""
+        self._checkpoints.verify(step, self._rank)
+
+    def load(self, step: int) -> None:
+        """Load a checkpoint that every rank has verified."""
+        path, _ = self._engine.load_checkpoint(str(self._checkpoints.root), tag=self._checkpoints.tag(step))
+        if path is None:
+            raise CheckpointBroken(f"checkpoint {self._checkpoints.path(step)}: DeepSpeed could not load it")
+
+    def greedy(self, prompts: list[tuple[int, ...]], num_tokens: int) -> list[Continuation]:
+        """Continue prompts greedily with plain forwards in the training dtype; the lowest id wins a tie."""
+        rows = [list(p) for p in prompts]
+        gaps: list[list[float]] = [[] for _ in prompts]
+        self._engine.eval()
+        for _ in range(num_tokens):
+            length = max(map(len, rows))
+            ids = torch.tensor([row + [0] * (length - len(row)) for row in rows], device=self._device)
+            with torch.no_grad():
+                logits = self._engine(input_ids=ids, use_cache=False).logits.float()
+            for row, row_gaps, row_logits in zip(rows, gaps, logits, strict=True):
+                last = row_logits[len(row) - 1]
+                best, second = last.topk(2).values.tolist()
+                row.append(int((last == best).nonzero()[0]))
+                row_gaps.append(best - second)
+        return [Continuation(token_ids=tuple(row[-num_tokens:]), gaps=tuple(g))
+                for row, g in zip(rows, gaps, strict=True)]
+
+    def weights_digest(self) -> str:
+        """One digest of all weights, computed bucket by bucket."""
+        return weights_digest(self._engine.module, self._sync.bucket_bytes)

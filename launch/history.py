@@ -1,0 +1,102 @@
+"""What each step did, kept as one JSON line a step in run_dir, so that a resumed run still knows.
+
+Owns the record of a step and the file; the picture, the summary and the monitor read it.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepRecord:
+    """One step of the main loop. Lengths in tokens, times in seconds.
+
+    Attributes:
+        step: 1 after the first optimizer step.
+        version: Weight version the rollouts were sampled under.
+        reward_mean, exact_rate: Over the trajectories that were scored.
+        reward_std: Standard deviation of their rewards.
+        length_mean, length_p95, length_max: Of the generated outputs.
+        truncated_rate: Share that reached max_tokens.
+        num_trajectories, num_failed: Requested, and of them failed.
+        num_tokens: Generated.
+        num_groups_filtered: Groups without a learning signal, left out.
+        staleness_max: Largest number of versions between sampling and training of a token.
+        rollout_s, train_s, sync_s, save_s: Wall time of each part.
+        stall_s: Time in which no shard decoded because of the sync.
+        mismatch_kl: Sampling against training log-probabilities, mean over tokens.
+        loss, grad_norm, clip_fraction, entropy, lr: Of the policy update.
+        is_skipped: Nothing was left to train on; the weights stayed as they were.
+    """
+
+    step: int
+    version: int
+    reward_mean: float
+    reward_std: float
+    exact_rate: float
+    length_mean: float
+    length_p95: float
+    length_max: int
+    truncated_rate: float
+    num_trajectories: int
+    num_failed: int
+    num_tokens: int
+    num_groups_filtered: int
+    staleness_max: int
+    rollout_s: float
+    train_s: float
+    sync_s: float
+    save_s: float
+    stall_s: float
+    mismatch_kl: float
+    loss: float
+    grad_norm: float
+    clip_fraction: float
+    entropy: float
+    lr: float
+    is_skipped: bool
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.num_tokens / max(self.rollout_s, 1e-9)
+
+    @property
+    def longest_sample_tokens_per_s(self) -> float:
+        return self.length_max / max(self.rollout_s, 1e-9)
+
+
+class History:
+    """The steps of a run, in memory and in a file.
+
+    Args:
+        path: The file; made when the first step is added.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.steps: list[StepRecord] = []
+
+    def restore(self, num_steps: int) -> None:
+        """Read the steps that a checkpoint after `num_steps` steps contains, and forget any later ones."""
+        lines = self._path.read_text().splitlines() if self._path.is_file() else []
+        records = [StepRecord(**json.loads(line)) for line in lines if line.endswith("}")]
+        self.steps = [record for record in records if record.step <= num_steps]
+        self._write()
+
+    def _write(self) -> None:
+        draft = self._path.with_suffix(".draft")
+        draft.write_text("".join(json.dumps(asdict(record)) + "\n" for record in self.steps))
+        draft.replace(self._path)
+
+    def add(self, record: StepRecord) -> None:
+        self.steps.append(record)
+        with self._path.open("a") as file:
+            file.write(json.dumps(asdict(record)) + "\n")
+
+    def amend_save_s(self, save_s: float) -> None:
+        """Add the time of the checkpoint that was written after the newest step."""
+        self.steps[-1] = replace(self.steps[-1], save_s=save_s)
+        self._write()

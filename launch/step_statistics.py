@@ -1,0 +1,79 @@
+"""From the groups of a step to its record. Computes figures only."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from launch.evaluation import is_exact
+from launch.history import StepRecord
+from rollout.errors import LongrollError
+from rollout.fleet import SyncReport
+from rollout.train_metrics import TrainMetrics
+from rollout.types import Group, Status
+
+
+@dataclass(slots=True, kw_only=True)
+class StepTimes:
+    """Wall time of the parts of one step in seconds."""
+
+    rollout_s: float = 0.0
+    train_s: float = 0.0
+    sync_s: float = 0.0
+    save_s: float = 0.0
+
+
+def step_record(
+    step: int, groups: list[Group], metrics: TrainMetrics, report: SyncReport, times: StepTimes
+) -> StepRecord:
+    """Describe a finished step.
+
+    Args:
+        step: Number of the step, from 1.
+        groups: What was trained on.
+        metrics: What the trainer says.
+        report: What the sync says; the version before it is the one that was sampled.
+        times: Wall time of the parts.
+
+    Raises:
+        LongrollError: If no trajectory was scored: there is no reward to report, and nothing was learnt.
+    """
+    trajectories = [t for group in groups for t in group.trajectories]
+    scored = [t for t in trajectories if t.reward is not None]
+    if not scored:
+        reasons = sorted({t.error or t.status.value for t in trajectories})
+        why = "; ".join(reasons[:3])
+        raise LongrollError(f"step {step}: none of {len(trajectories)} trajectories was scored: {why}")
+    rewards = [t.reward for t in scored if t.reward is not None]
+    lengths = sorted(len(t.token_ids) for t in trajectories)
+    mean = sum(rewards) / len(rewards)
+    sampled = report.version - 1
+    oldest = min((s.version for t in trajectories for s in t.weight_versions), default=sampled)
+    return StepRecord(
+        step=step,
+        version=sampled,
+        reward_mean=mean,
+        reward_std=math.sqrt(sum((r - mean) ** 2 for r in rewards) / len(rewards)),
+        exact_rate=sum(bool(is_exact(t.metadata, t.reward)) for t in scored) / len(scored),
+        length_mean=sum(lengths) / len(lengths),
+        length_p95=float(lengths[min(len(lengths) - 1, int(0.95 * len(lengths)))]),
+        length_max=lengths[-1],
+        truncated_rate=sum(t.status is Status.TRUNCATED for t in trajectories) / len(trajectories),
+        num_trajectories=len(trajectories),
+        num_failed=sum(t.status is Status.FAILED for t in trajectories),
+        num_tokens=sum(lengths),
+        num_groups_filtered=metrics.num_filtered_groups,
+        staleness_max=sampled - oldest,
+        rollout_s=times.rollout_s,
+        train_s=times.train_s,
+        sync_s=times.sync_s,
+        save_s=times.save_s,
+        stall_s=report.stall_s,
+        mismatch_kl=metrics.mismatch_kl,
+        loss=metrics.loss,
+        grad_norm=metrics.grad_norm,
+        clip_fraction=metrics.clip_fraction,
+        entropy=metrics.entropy,
+        lr=metrics.lr,
+        is_skipped=metrics.is_skipped,
+    )

@@ -1,0 +1,221 @@
+"""The training run: rollout → train → publish → log → checkpoint.
+
+    python -m launch.train experiment=tiny_grpo trainer.lr=1e-4
+    python -m launch.train experiment=tiny_grpo --cfg          print the configuration and stop
+
+The loop is `train`; everything it calls is somebody else's work. Every rollout of step k is sampled
+under version k - 1, so a run that was killed and resumed repeats the same trajectories.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import ray
+from omegaconf import OmegaConf
+
+from actors.service import start_service
+from actors.trainer_group import TrainerGroup
+from launch.cluster import model_path, run_directory, start_ray
+from launch.compose import compose, model_directory, to_yaml
+from launch.evaluation import Evaluation, evaluation_of
+from launch.history import History
+from launch.monitor import Monitor
+from launch.picture import draw
+from launch.step_statistics import StepTimes, step_record
+from launch.summary import Summary, summarise
+from launch.workload import Workload
+from rollout.client import RolloutClient
+from rollout.config import RunConfig
+from rollout.cursor import Cursor
+from rollout.errors import LongrollError
+from rollout.types import Group, SamplingParams
+
+
+def train(config: RunConfig, run_dir: Path, monitor: Monitor) -> Summary:
+    """One run from its newest checkpoint, or from the start, to its last step."""
+    began = time.monotonic()
+    workload, history = Workload(config.workload, config.model, config.trainer.seed), History(run_dir / "steps.jsonl")
+    with (
+        start_service(config.model, config.engine, config.scheduler, config.sync, config.cluster) as service,
+        trainers_of(config, run_dir, service.controller) as trainers,
+    ):
+        client = service.client
+        start_s = time.monotonic() - began
+        monitor.say(f"{len(service.infos)} shards, {config.trainer.num_ranks} trainer ranks ready in {start_s:.0f} s")
+        cursor = resume(config, trainers, history, monitor)
+        before = evaluation_before(config, run_dir, client, workload, cursor, monitor)
+
+        for step in range(cursor.step + 1, config.trainer.num_steps + 1):
+            times = StepTimes()
+            with timed(times, "rollout_s"):
+                groups = rollout(config, client, workload, step, cursor.data_cursor, monitor)
+            with timed(times, "train_s"), monitor.phase("train"):
+                metrics = trainers.train_step(groups)
+            with timed(times, "sync_s"), monitor.phase("sync"):
+                report = trainers.publish()
+            cursor = Cursor(step=step, version=trainers.version, wandb_run_id=monitor.run_id,
+                            data_cursor=cursor.data_cursor + num_requested(config))
+            is_last = step == config.trainer.num_steps
+            record = step_record(step, groups, metrics, report, times)
+            history.add(record)
+            monitor.step(record)
+            if is_last or step % config.trainer.checkpoint_every == 0:
+                with timed(times, "save_s"), monitor.phase("save"):
+                    trainers.save(cursor)
+                history.amend_save_s(times.save_s)
+
+        after = evaluate(config, client, workload, cursor.version, monitor)
+        monitor.evaluation(after, "after", cursor.step)
+        return summarise(before=before, after=after, steps=history.steps, shards=tuple(service.infos),
+                         num_trainer_ranks=config.trainer.num_ranks, start_s=start_s,
+                         total_s=time.monotonic() - began)
+
+
+def rollout(
+    config: RunConfig, client: RolloutClient, workload: Workload, step: int, data_cursor: int, monitor: Monitor
+) -> list[Group]:
+    """The groups of a step: the first prompts_per_step to finish, in order of their ids."""
+    prompts = workload.batch(data_cursor, num_requested(config))
+    sampling = config.sampling
+    handle = client.submit(
+        prompts, sampling.n_samples_per_prompt, sampling_params(config, sampling.max_tokens),
+        run_seed=config.trainer.seed, group_ids=[f"step{step:06d}/{i:04d}" for i in range(len(prompts))],
+        reward=config.workload.reward,
+    )
+    wanted = config.trainer.prompts_per_step
+    groups = list(islice(monitor.track(client.groups(handle), "rollout", wanted), wanted))
+    if wanted < len(prompts):  # over-sampling: the slowest are given up
+        client.abort(handle)
+    return sorted(groups, key=lambda group: group.group_id)
+
+
+def evaluate(
+    config: RunConfig, client: RolloutClient, workload: Workload, version: int, monitor: Monitor
+) -> Evaluation:
+    """One sample of each held-out problem, with the same seeds every time."""
+    began = time.monotonic()
+    prompts = workload.held_out()
+    max_tokens = config.workload.eval_max_tokens or config.sampling.max_tokens
+    handle = client.submit(
+        prompts, 1, sampling_params(config, max_tokens), run_seed=0,
+        group_ids=[f"eval/{i:06d}" for i in range(len(prompts))], reward=config.workload.reward,
+    )
+    groups = list(monitor.track(client.groups(handle), "evaluate", len(prompts)))
+    return evaluation_of(groups, version, time.monotonic() - began)
+
+
+def evaluation_before(
+    config: RunConfig, run_dir: Path, client: RolloutClient, workload: Workload, cursor: Cursor, monitor: Monitor
+) -> Evaluation:
+    """The held-out score of the first weights; a resumed run reads what it measured then."""
+    path = run_dir / "eval_before.json"
+    if cursor.step > 0 and path.is_file():
+        return Evaluation.load(path)
+    before = evaluate(config, client, workload, cursor.version, monitor)
+    before.save(path)
+    monitor.evaluation(before, "before", cursor.step)
+    return before
+
+
+def resume(config: RunConfig, trainers: TrainerGroup, history: History, monitor: Monitor) -> Cursor:
+    """Load the newest checkpoint and bring the fresh shards to its version."""
+    cursor = trainers.load_latest() if config.resume else None
+    history.restore(cursor.step if cursor is not None else 0)
+    if cursor is None:
+        return Cursor(step=0, version=0, data_cursor=0)
+    trainers.publish()
+    monitor.say(f"resumed after step {cursor.step}")
+    return cursor
+
+
+def num_requested(config: RunConfig) -> int:
+    """Prompts that a step asks for."""
+    return config.trainer.over_sampling_batch_size or config.trainer.prompts_per_step
+
+
+def sampling_params(config: RunConfig, max_tokens: int) -> SamplingParams:
+    sampling = config.sampling
+    return SamplingParams(max_tokens=max_tokens, temperature=sampling.temperature,
+                          top_k=sampling.top_k, top_p=sampling.top_p)
+
+
+@contextmanager
+def trainers_of(config: RunConfig, run_dir: Path, controller: Any) -> Iterator[TrainerGroup]:
+    trainers = TrainerGroup.start(config.model, config.trainer, config.sampling, config.sync, config.cluster,
+                                  run_dir, controller)
+    try:
+        yield trainers
+    finally:
+        trainers.stop()
+
+
+@contextmanager
+def timed(times: StepTimes, part: str) -> Iterator[None]:
+    began = time.monotonic()
+    yield
+    setattr(times, part, time.monotonic() - began)
+
+
+def run(config: RunConfig) -> int:
+    """Set up, train, and write run_dir/summary.json and progress.png. Returns the exit code."""
+    model_directory(config.model.path)
+    config.model.path = model_path(config.model.path)
+    run_dir = run_directory(config.run_dir)
+    (run_dir / "config.yaml").write_text(to_yaml(config))
+    settings: Any = OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
+    monitor = Monitor(config.monitor, run_dir, settings, config.trainer.num_steps)
+    monitor.say(f"run directory {run_dir}")
+    picture = run_dir / "progress.png"
+    code = 1
+    try:
+        start_ray(config)
+        summary = train(config, run_dir, monitor)
+        summary.save(run_dir / "summary.json")
+        if config.monitor.picture:
+            history = History(run_dir / "steps.jsonl")
+            history.restore(config.trainer.num_steps)
+            draw(history.steps, picture, run_dir.name, (summary.eval_reward_before, summary.eval_reward_after))
+        monitor.say(f"reward {summary.eval_reward_before:.3f} → {summary.eval_reward_after:.3f} "
+                    f"(p = {summary.p_value:.2g}) in {summary.timing_s['total']:.0f} s; see {run_dir / 'summary.json'}")
+        code = 0
+    finally:
+        monitor.finish(exit_code=code, picture=picture if code == 0 and config.monitor.picture else None)
+        ray.shutdown()
+    return code
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if "--help" in arguments or "-h" in arguments:
+        print(__doc__)
+        return 0
+    try:
+        config = compose([a for a in arguments if a != "--cfg"])
+        if "--cfg" in arguments:
+            print(to_yaml(config))
+            return 0
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, _stop)
+        return run(config)
+    except LongrollError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ValueError) else 1
+
+
+def _stop(number: int, frame: object) -> None:
+    """End the run from wherever it is: context managers stop everything; the newest checkpoint stays."""
+    signal.signal(number, signal.SIG_DFL)  # a second signal does not wait
+    print(f"stopping on {signal.Signals(number).name}; run again to resume", file=sys.stderr, flush=True)
+    raise SystemExit(128 + number)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

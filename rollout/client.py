@@ -1,0 +1,218 @@
+"""What a trainer imports: submit prompts, iterate over groups as they complete, publish weights.
+
+Talks to the controller's actor handle without importing Ray: a call returns a reference that can be
+awaited, or asked for a `concurrent.futures.Future`. Errors arrive in their own class. Not
+thread-safe; give each thread its own client.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from rollout.errors import LongrollError, UnknownHandle
+from rollout.fleet import ServiceStats, SyncReport
+from rollout.handles import Delivery, Progress, RolloutHandle
+from rollout.remote import client_error
+from rollout.requests import PromptLike, build_request
+from rollout.sync.manifest import BucketRef, TensorSpec
+from rollout.sync.outgoing import DEFAULT_BUCKET_BYTES, OutgoingVersion
+from rollout.sync.segments import unlink
+from rollout.types import Group, ModelLimits, SamplingParams
+
+POLL_S = 30.0
+MAX_GROUPS_PER_CALL = 64
+Weights = Mapping[str, torch.Tensor] | Sequence[tuple[str, torch.Tensor]]
+ProgressCallback = Callable[[int, int, int], None]
+"""Called with groups done, groups in all, and tokens of the groups that are done."""
+
+
+class Reader:
+    """Remembers which groups of a handle the caller has had, until the controller knows it too."""
+
+    def __init__(self) -> None:
+        self._taken: dict[str, list[str]] = {}
+
+    def acknowledged(self, handle: RolloutHandle) -> tuple[str, ...]:
+        return tuple(self._taken.get(handle.handle_id, ()))
+
+    def restart(self, handle: RolloutHandle) -> list[str]:
+        taken: list[str] = []
+        self._taken[handle.handle_id] = taken
+        return taken
+
+    def forget(self, handle: RolloutHandle) -> None:
+        self._taken.pop(handle.handle_id, None)
+
+
+class RolloutClient:
+    """Synchronous client.
+
+    Args:
+        controller: Actor handle of the controller (see actors.service.connect).
+        bucket_bytes: Largest piece of a publication in shared memory at once.
+    """
+
+    def __init__(self, controller: Any, bucket_bytes: int = DEFAULT_BUCKET_BYTES) -> None:
+        self._controller, self._bucket_bytes = controller, bucket_bytes
+        self._client_id = uuid.uuid4().hex
+        self._num_submitted = 0
+        self._limits: ModelLimits | None = None
+        self._reader = Reader()
+
+    @property
+    def controller(self) -> Any:
+        return self._controller
+
+    def submit(
+        self,
+        prompts: Sequence[PromptLike],
+        n_samples_per_prompt: int,
+        sampling: SamplingParams,
+        *,
+        run_seed: int = 0,
+        group_ids: Sequence[str] | None = None,
+        reward: str = "none",
+        priority: int = 0,
+    ) -> RolloutHandle:
+        """Ask for n samples of each prompt; returns at once.
+
+        Args:
+            prompts: Prompts, or sequences of token ids.
+            n_samples_per_prompt: Members of each group.
+            sampling: How tokens are drawn.
+            run_seed: With group id and sample index it determines every trajectory's seed.
+            group_ids: One for each prompt; None numbers them by submission of this client.
+            reward: Name of the reward function.
+            priority: Lower is served first.
+
+        Raises:
+            InvalidRequest: Anything is wrong with the arguments; nothing was queued.
+            QueueFull: Too much is under way.
+            EngineDead: The service has no engine left.
+        """
+        if self._limits is None:
+            self._limits = self._call("limits")
+        request = build_request(
+            prompts, n_samples_per_prompt, sampling, run_seed, group_ids, reward, priority,
+            limits=self._limits, submission=self._num_submitted,
+        )
+        self._num_submitted += 1
+        handle: RolloutHandle = self._call("submit", request, self._client_id)
+        return handle
+
+    def groups(self, handle: RolloutHandle) -> Iterator[Group]:
+        """Iterate over the groups of a submission as they complete.
+
+        A group counts as received once it was yielded, also if the caller stops there and iterates
+        again later. Failed and aborted trajectories are part of their group; see their status.
+        """
+        while True:
+            delivery: Delivery = self._call(
+                "next_groups", handle.handle_id, MAX_GROUPS_PER_CALL, POLL_S, self._reader.acknowledged(handle)
+            )
+            taken = self._reader.restart(handle)
+            for group in delivery.groups:
+                taken.append(group.group_id)
+                if delivery.is_done and len(taken) == len(delivery.groups):
+                    # Before the yield: a caller that knows the number of groups never comes back.
+                    with contextlib.suppress(UnknownHandle):  # closed by an answer that was lost
+                        self._call("acknowledge", handle.handle_id, tuple(taken))
+                    self._reader.forget(handle)
+                yield group
+            if delivery.is_done:
+                self._reader.forget(handle)
+                return
+
+    def rollout(
+        self,
+        prompts: Sequence[PromptLike],
+        n_samples_per_prompt: int,
+        sampling: SamplingParams,
+        *,
+        run_seed: int = 0,
+        group_ids: Sequence[str] | None = None,
+        reward: str = "none",
+        progress: ProgressCallback | None = None,
+    ) -> list[Group]:
+        """Submit and wait; groups come back in the order of their prompts. Arguments as in `submit`."""
+        handle = self.submit(
+            prompts, n_samples_per_prompt, sampling, run_seed=run_seed, group_ids=group_ids, reward=reward
+        )
+        done: list[Group] = []
+        num_tokens = 0
+        try:
+            for group in self.groups(handle):
+                done.append(group)
+                num_tokens += sum(len(t.token_ids) for t in group.trajectories)
+                if progress is not None:
+                    progress(len(done), handle.num_groups, num_tokens)
+        except BaseException:
+            with contextlib.suppress(LongrollError):
+                self.abort(handle)
+            raise
+        return handle.in_order(done)
+
+    def abort(self, handle: RolloutHandle) -> None:
+        """Give up what is unfinished; every group of the handle can still be read."""
+        self._call("abort", handle.handle_id)
+
+    def progress(self, handle: RolloutHandle) -> Progress:
+        progress: Progress = self._call("progress", handle.handle_id)
+        return progress
+
+    def stats(self) -> ServiceStats:
+        stats: ServiceStats = self._call("stats")
+        return stats
+
+    def publish(self, version: int, weights: Weights, specs: Sequence[TensorSpec] | None = None) -> SyncReport:
+        """Send new weights to all shards and switch to them.
+
+        Args:
+            version: Number of optimizer steps done; above the live version.
+            weights: Every tensor by checkpoint name. With `specs`, any iterable of (name, tensor) in
+                their order will do, so that one bucket of tensors exists at a time.
+            specs: Names, shapes and dtypes, when `weights` can be read only once.
+
+        Raises:
+            SyncRefused: The old version goes on serving.
+            EngineDead: The fleet failed inside the switch.
+        """
+        outgoing = OutgoingVersion(version, weights, specs, self._bucket_bytes)
+        self.begin_publish(version, outgoing.specs)
+        try:
+            for ref in outgoing.buckets():
+                self.publish_bucket(ref)
+            return self.commit_publish(version)
+        except BaseException:
+            with contextlib.suppress(LongrollError):
+                self.abandon_publish(version)
+            raise
+
+    def begin_publish(self, version: int, specs: Sequence[TensorSpec]) -> None:
+        """Open a publication, for trainers whose ranks send buckets themselves."""
+        self._call("begin_publish", version, tuple(specs))
+
+    def publish_bucket(self, ref: BucketRef) -> None:
+        """Let every shard copy a bucket; its segment is unlinked, whatever happens."""
+        try:
+            self._call("publish_bucket", ref)
+        finally:
+            unlink(ref)
+
+    def commit_publish(self, version: int) -> SyncReport:
+        report: SyncReport = self._call("commit_publish", version)
+        return report
+
+    def abandon_publish(self, version: int) -> None:
+        self._call("abandon_publish", version)
+
+    def _call(self, method: str, *args: Any) -> Any:
+        try:
+            return getattr(self._controller, method).remote(*args).future().result()
+        except Exception as error:  # every error is passed on, in its own class
+            raise client_error(error) from None

@@ -1,0 +1,132 @@
+"""What one training step reports: sums that add over micro-batches and ranks, and the final record."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+
+from rollout.batch import Selection
+from rollout.loss import LossTerms
+from rollout.mismatch import Mismatch
+
+
+@dataclass(slots=True, kw_only=True)
+class StepSums:
+    """Sums over the trained tokens of one rank, or of all. Owned by the rank that fills it.
+
+    `abs_gap_max` is a maximum, everything else adds.
+    """
+
+    loss: float = 0.0
+    router_aux_loss: float = 0.0
+    num_tokens: float = 0.0
+    ratio: float = 0.0
+    clipped: float = 0.0
+    reference_kl: float = 0.0
+    tis_weight: float = 0.0
+    tis_capped: float = 0.0
+    neg_logprob: float = 0.0
+    mismatch_k3: float = 0.0
+    abs_gap: float = 0.0
+    abs_gap_max: float = 0.0
+
+    def add(self, terms: LossTerms, mismatch: Mismatch) -> None:
+        """Add a micro-batch."""
+        self.loss += float(terms.loss.detach())
+        self.ratio += float(terms.ratio_sum)
+        self.clipped += float(terms.clipped_sum)
+        self.reference_kl += float(terms.kl_sum)
+        self.num_tokens += mismatch.num_tokens
+        self.mismatch_k3 += mismatch.k3_sum
+        self.abs_gap += mismatch.abs_sum
+        self.abs_gap_max = max(self.abs_gap_max, mismatch.abs_max)
+
+    def to_tensor(self) -> torch.Tensor:
+        """float64, in field order; the last entry is the maximum."""
+        return torch.tensor([getattr(self, f.name) for f in fields(self)], dtype=torch.float64)
+
+    @staticmethod
+    def from_tensor(values: torch.Tensor) -> StepSums:
+        return StepSums(**dict(zip((f.name for f in fields(StepSums)), values.tolist(), strict=True)))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainMetrics:
+    """One training step. Means are over trained tokens of the global batch.
+
+    Attributes:
+        version: Weight version after the step.
+        is_skipped: Nothing was left to train on; the weights are unchanged.
+        loss: The policy loss.
+        router_aux_loss: The weighted router loss that was added, 0 when off.
+        grad_norm: Before clipping.
+        lr: Step size used.
+        mismatch_kl: KL(sampling ‖ training) in nats a token.
+        abs_gap_mean: Mean |training − sampling log-probability|.
+        abs_gap_max: Largest of them.
+        ratio_mean: Mean policy ratio (1 with one update a batch).
+        clip_fraction: Share of tokens that the clip froze.
+        reference_kl: KL to the reference, 0 without one.
+        tis_weight_mean: Mean truncated importance weight, 1 when off.
+        tis_capped_fraction: Share of tokens at the cap.
+        entropy: Estimate in nats: mean of −log-probability of the sampled tokens.
+        num_trained_trajectories: Trajectories in the batch.
+        num_filtered_groups: Groups left out for equal rewards or fewer than two scored members.
+        num_equal_groups: Those of them left out for equal rewards.
+        num_failed_trajectories: Trajectories that failed, were aborted or could not be scored.
+        num_tokens: Tokens trained on.
+        duration_s: Wall clock of the step.
+    """
+
+    version: int
+    is_skipped: bool
+    loss: float
+    router_aux_loss: float
+    grad_norm: float
+    lr: float
+    mismatch_kl: float
+    abs_gap_mean: float
+    abs_gap_max: float
+    ratio_mean: float
+    clip_fraction: float
+    reference_kl: float
+    tis_weight_mean: float
+    tis_capped_fraction: float
+    entropy: float
+    num_trained_trajectories: int
+    num_filtered_groups: int
+    num_equal_groups: int
+    num_failed_trajectories: int
+    num_tokens: int
+    duration_s: float
+
+
+def summarise(
+    selection: Selection, sums: StepSums, *, version: int, grad_norm: float, lr: float, duration_s: float
+) -> TrainMetrics:
+    """Turn global sums into the record of a step."""
+    n = max(sums.num_tokens, 1.0)
+    return TrainMetrics(
+        version=version,
+        is_skipped=not selection.samples,
+        loss=sums.loss,
+        router_aux_loss=sums.router_aux_loss,
+        grad_norm=grad_norm,
+        lr=lr,
+        mismatch_kl=sums.mismatch_k3 / n,
+        abs_gap_mean=sums.abs_gap / n,
+        abs_gap_max=sums.abs_gap_max,
+        ratio_mean=sums.ratio / n,
+        clip_fraction=sums.clipped / n,
+        reference_kl=sums.reference_kl / n,
+        tis_weight_mean=sums.tis_weight / n,
+        tis_capped_fraction=sums.tis_capped / n,
+        entropy=sums.neg_logprob / n,
+        num_trained_trajectories=len(selection.samples),
+        num_filtered_groups=selection.num_filtered_groups,
+        num_equal_groups=selection.num_equal_groups,
+        num_failed_trajectories=selection.num_failed_trajectories,
+        num_tokens=int(sums.num_tokens),
+        duration_s=duration_s,
+    )

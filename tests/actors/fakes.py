@@ -1,0 +1,125 @@
+"""A scripted shard and reward functions, importable by worker processes.
+
+The first token of a prompt says what the shard does with it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+
+from rollout.errors import EngineDead, SyncRefused
+from rollout.fleet import Rendezvous, ShardInfo, ShardStats
+from rollout.rewards import Score
+from rollout.types import ChunkResult, FinishReason, VersionSpan
+
+ANSWER, HOLD, RAISE, DIE, MALFORMED = 1, 2, 3, 4, 5
+VOCAB_SIZE, MAX_MODEL_LEN = 50, 64
+
+
+class FakeShard:
+    """Records the order of events and answers without a model."""
+
+    def __init__(self, rank, model, engine, sync, initial_version=0):
+        self.rank, self.version = rank, initial_version
+        self.events = []
+        self.held = {}
+        self.mode = engine.vllm.get("fake", "ok")
+
+    def rendezvous(self):
+        return Rendezvous(host="127.0.0.1", rpc_port=1)
+
+    async def start(self, rendezvous):
+        if self.mode == "broken":
+            raise EngineDead(f"shard {self.rank} could not start: no memory")
+        return ShardInfo(rank=self.rank, num_experts=8, num_local_experts=4, kv_tokens=1000,
+                         vocab_size=VOCAB_SIZE, max_model_len=MAX_MODEL_LEN)
+
+    async def generate(self, chunk):
+        kind = chunk.token_ids[0]
+        self.events.append("generate")
+        if kind == RAISE:
+            raise RuntimeError("this request is cursed")
+        if kind == DIE and self.rank == 0:
+            os._exit(1)
+        num, reason = chunk.max_tokens, FinishReason.LENGTH
+        if kind == HOLD:
+            future = self.held[chunk.trajectory_id] = asyncio.get_running_loop().create_future()
+            if not await future:
+                num, reason = 1, FinishReason.ABORT
+        start = len(chunk.token_ids)
+        return ChunkResult(
+            trajectory_id=chunk.trajectory_id, token_ids=tuple(i % VOCAB_SIZE for i in range(start, start + num)),
+            logprobs=(-0.5,) * (0 if kind == MALFORMED else num),
+            spans=(VersionSpan(version=self.version, start=0, stop=num),), finish_reason=reason, shard=self.rank,
+        )
+
+    async def abort(self, trajectory_ids):
+        self.events.append("abort")
+        for trajectory_id in trajectory_ids:
+            self._end(trajectory_id, False)
+
+    async def stage(self, ref):
+        self.events.append("stage")
+        if ref.digests[0] == "corrupt":
+            raise SyncRefused("digest differs")
+
+    async def drop_stage(self, version):
+        self.events.append("drop_stage")
+
+    async def pause(self, mode):
+        self.events.append(f"pause {mode.value}")
+        if mode.value == "abort":
+            for trajectory_id in list(self.held):
+                self._end(trajectory_id, False)
+            await asyncio.sleep(0.2)  # time in which a controller with an open gate would dispatch again
+
+    async def apply(self, version):
+        self.events.append(f"apply {version}")
+        self.version = version
+
+    async def resume(self):
+        self.events.append("resume")
+
+    async def stats(self):
+        return ShardStats(rank=self.rank, version=self.version, num_running=len(self.held), num_waiting=0,
+                          kv_usage=0.0, num_tokens_generated=0, num_preemptions=0)
+
+    async def release(self):
+        for trajectory_id in list(self.held):
+            self._end(trajectory_id, True)
+
+    async def take_events(self):
+        events, self.events = self.events, []
+        return events
+
+    async def shutdown(self):
+        pass
+
+    def _end(self, trajectory_id, is_complete):
+        future = self.held.pop(trajectory_id, None)
+        if future is not None and not future.done():
+            future.set_result(is_complete)
+
+
+def words(prompt, token_ids, text):
+    return Score(reward=float(len(text.split())), extras={"num_tokens": float(len(token_ids))})
+
+
+def boom(prompt, token_ids, text):
+    raise KeyError("no such answer")
+
+
+def not_a_number(prompt, token_ids, text):
+    return Score(reward=float("nan"))
+
+
+def hang_if_told(prompt, token_ids, text):
+    if prompt.metadata.get("hang"):
+        time.sleep(3600)
+    return Score(reward=1.0)
+
+
+def die(prompt, token_ids, text):
+    os._exit(1)

@@ -1,0 +1,286 @@
+"""Invariants of the scheduler under arbitrary orders of events, and its single rules."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rollout.config import SchedulerConfig
+from rollout.errors import EngineDead, InvalidRequest, QueueFull, UnknownHandle
+from rollout.scheduler.ledger import Ledger
+from rollout.scheduler.records import Dispatch, FailureKind
+from rollout.scheduler.scheduler import Scheduler
+from rollout.types import (
+    ChunkResult,
+    FinishReason,
+    Group,
+    ModelLimits,
+    Prompt,
+    RolloutRequest,
+    SamplingParams,
+    Status,
+    VersionSpan,
+)
+
+LIMITS = ModelLimits(vocab_size=100, max_model_len=64)
+
+
+def make_request(num_prompts=2, n=2, max_tokens=8, reward="none", priority=0, prompt=(1, 2, 3)):
+    return RolloutRequest(
+        prompts=tuple(Prompt(token_ids=prompt, prompt_id=f"p{i}") for i in range(num_prompts)),
+        n_samples_per_prompt=n, sampling=SamplingParams(max_tokens=max_tokens), run_seed=1,
+        group_ids=tuple(f"g{i}" for i in range(num_prompts)), reward=reward, priority=priority,
+    )
+
+
+def make_scheduler(num_shards=2, partial_rollout=True, **options):
+    return Scheduler(SchedulerConfig(**options), LIMITS, list(range(num_shards)), partial_rollout=partial_rollout)
+
+
+def answer(dispatch: Dispatch, num_tokens=None, reason=FinishReason.LENGTH, version=0):
+    """What an engine would return: token ids are absolute positions, so gaps and repeats show."""
+    chunk = dispatch.chunk
+    num = chunk.max_tokens if num_tokens is None else num_tokens
+    start = len(chunk.token_ids)
+    return ChunkResult(
+        trajectory_id=chunk.trajectory_id, token_ids=tuple(range(start, start + num)), logprobs=(-1.0,) * num,
+        spans=(VersionSpan(version=version, start=0, stop=num),) if num else (), finish_reason=reason,
+        shard=dispatch.shard,
+    )
+
+
+def check_record(trajectory):
+    num_prompt = len(trajectory.prompt_token_ids)
+    assert trajectory.token_ids == list(range(num_prompt, num_prompt + len(trajectory.token_ids)))
+    assert len(trajectory.logprobs) == len(trajectory.loss_mask) == len(trajectory.token_ids)
+    covered = [i for span in trajectory.weight_versions for i in range(span.start, span.stop)]
+    assert covered == list(range(len(trajectory.token_ids)))
+    if trajectory.status is Status.FAILED:
+        assert trajectory.error and trajectory.reward is None
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1), chunk_tokens=st.sampled_from([None, 1, 3, 5]), partial=st.booleans(),
+    max_running=st.integers(1, 4), reward=st.sampled_from(["none", "reasoning_gym"]), num_shards=st.integers(1, 3),
+)
+def test_every_trajectory_ends_once_and_no_token_is_lost(seed, chunk_tokens, partial, max_running, reward, num_shards):
+    rng = random.Random(seed)
+    scheduler = make_scheduler(
+        num_shards, partial, chunk_tokens=chunk_tokens, max_running_per_shard=max_running, max_retries=1
+    )
+    handles = [f"h{i}" for i in range(3)]
+    for handle in handles:
+        scheduler.submit(handle, make_request(reward=reward, priority=rng.randint(0, 1)), 0.0)
+    running: dict[str, Dispatch] = {}
+    groups: list[tuple[str, Group]] = []
+    num_received = 0
+    for step in range(5000):
+        for dispatch in scheduler.next_dispatches(step):
+            assert dispatch.chunk.trajectory_id not in running
+            assert dispatch.shard in scheduler.live_shards
+            running[dispatch.chunk.trajectory_id] = dispatch
+        for shard in range(num_shards):
+            assert scheduler.running_on(shard) == sorted(f for f, d in running.items() if d.shard == shard)
+            assert len(scheduler.running_on(shard)) <= max_running
+        for job in scheduler.take_score_jobs():
+            if rng.random() < 0.8:
+                scheduler.on_reward(job.flight_id, 1.0, {}, step)
+            else:
+                scheduler.on_reward_failed(job.flight_id, FailureKind.REWARD_RAISED, "it raised", step)
+        groups += [(f.handle_id, f.group) for f in scheduler.take_finished()]
+        if not running:
+            break
+        draw = rng.random()
+        if draw < 0.02:
+            shard = rng.choice(scheduler.live_shards)
+            lost = [running.pop(f) for f in list(running) if running[f].shard == shard]
+            scheduler.on_shard_death(shard, "killed", step)
+            for dispatch in lost:  # an answer that was on its way is no longer waited for
+                scheduler.on_chunk(answer(dispatch), step)
+        elif draw < 0.04:
+            to_abort = scheduler.abort(rng.choice(handles), step)
+            assert {f for ids in to_abort.values() for f in ids} <= set(running)
+        else:
+            dispatch = running.pop(rng.choice(sorted(running)))
+            reason = rng.choice([FinishReason.LENGTH, FinishReason.LENGTH, FinishReason.STOP, FinishReason.ABORT,
+                                 FinishReason.ERROR])
+            budget = dispatch.chunk.max_tokens
+            num = budget if reason is FinishReason.LENGTH else rng.randint(0, budget)
+            num_received += num
+            scheduler.on_chunk(answer(dispatch, num, reason), step)
+    assert Counter((h, g.group_id) for h, g in groups) == Counter((h, f"g{i}") for h in handles for i in range(2))
+    trajectories = [t for _, group in groups for t in group.trajectories]
+    for trajectory in trajectories:
+        assert trajectory.status is not Status.PENDING
+        check_record(trajectory)
+    counts = scheduler.counts
+    by_status = Counter(t.status for t in trajectories)
+    assert counts.num_finished == by_status[Status.COMPLETED] + by_status[Status.TRUNCATED]
+    assert counts.num_aborted == by_status[Status.ABORTED]
+    assert sum(counts.num_failed.values()) == by_status[Status.FAILED]
+    assert counts.num_tokens_generated == num_received
+    kept = sum(len(t.token_ids) for t in trajectories)
+    assert kept + counts.num_tokens_discarded == num_received
+    assert (scheduler.num_queued, scheduler.num_running) == (0, 0)
+    for handle in handles:
+        assert scheduler.progress(handle).num_pending == 0
+        scheduler.forget(handle)
+
+
+def test_chunks_continue_on_the_same_shard_until_the_budget():
+    scheduler = make_scheduler(chunk_tokens=3)
+    scheduler.submit("h", make_request(num_prompts=1, n=1, max_tokens=8), 0.0)
+    budgets, shards = [], set()
+    while dispatches := scheduler.next_dispatches(0.0):
+        [dispatch] = dispatches
+        budgets.append(dispatch.chunk.max_tokens)
+        shards.add(dispatch.shard)
+        scheduler.on_chunk(answer(dispatch), 0.0)
+    [finished] = scheduler.take_finished()
+    [trajectory] = finished.group.trajectories
+    assert (budgets, len(shards), trajectory.status) == ([3, 3, 2], 1, Status.TRUNCATED)
+    check_record(trajectory)
+
+
+def test_load_is_spread_evenly_and_priority_comes_first():
+    scheduler = make_scheduler(max_running_per_shard=2)
+    scheduler.submit("late", make_request(num_prompts=4, n=1), 0.0)
+    scheduler.submit("urgent", make_request(num_prompts=2, n=1, priority=-1), 1.0)
+    dispatches = scheduler.next_dispatches(1.0)
+    assert [d.chunk.trajectory_id.split(":")[0] for d in dispatches] == ["urgent", "urgent", "late", "late"]
+    assert Counter(d.shard for d in dispatches) == {0: 2, 1: 2}
+
+
+def test_engine_abort_keeps_or_drops_tokens_as_configured():
+    for partial, expected in ((True, 4), (False, 0)):
+        scheduler = make_scheduler(partial_rollout=partial, chunk_tokens=2)
+        scheduler.submit("h", make_request(num_prompts=1, n=1), 0.0)
+        scheduler.on_chunk(answer(scheduler.next_dispatches(0.0)[0]), 0.0)
+        scheduler.on_chunk(answer(scheduler.next_dispatches(0.0)[0], 2, FinishReason.ABORT), 0.0)
+        [dispatch] = scheduler.next_dispatches(0.0)
+        assert len(dispatch.chunk.token_ids) - dispatch.chunk.num_prompt_tokens == expected
+        assert scheduler.counts.num_tokens_discarded == 4 - expected
+
+
+def test_restart_queued_drops_the_tokens_of_a_waiting_continuation():
+    scheduler = make_scheduler(partial_rollout=False, chunk_tokens=2)
+    scheduler.submit("h", make_request(num_prompts=1, n=1), 0.0)
+    scheduler.on_chunk(answer(scheduler.next_dispatches(0.0)[0]), 0.0)
+    scheduler.restart_queued(0.0)
+    [dispatch] = scheduler.next_dispatches(0.0)
+    assert len(dispatch.chunk.token_ids) == dispatch.chunk.num_prompt_tokens
+    assert scheduler.progress("h").num_tokens == 0
+
+
+def test_client_abort_keeps_tokens_of_running_chunks_and_finished_groups():
+    scheduler = make_scheduler(max_running_per_shard=1)
+    scheduler.submit("h", make_request(num_prompts=4, n=1), 0.0)
+    first, second = scheduler.next_dispatches(0.0)
+    scheduler.on_chunk(answer(first, 2, FinishReason.STOP), 0.0)
+    assert scheduler.abort("h", 0.0) == {second.shard: [second.chunk.trajectory_id]}
+    assert scheduler.abort("h", 0.0) == {second.shard: [second.chunk.trajectory_id]}
+    scheduler.on_chunk(answer(second, 3, FinishReason.ABORT), 0.0)
+    by_id = {f.group.group_id: f.group.trajectories[0] for f in scheduler.take_finished()}
+    assert [by_id[f"g{i}"].status.value for i in range(4)] == ["completed", "aborted", "aborted", "aborted"]
+    assert [len(by_id[f"g{i}"].token_ids) for i in range(4)] == [2, 3, 0, 0]
+
+
+def test_engine_death_retries_elsewhere_then_fails_with_the_reason():
+    scheduler = make_scheduler(num_shards=3, max_retries=1, chunk_tokens=2)
+    scheduler.submit("h", make_request(num_prompts=1, n=1), 0.0)
+    [dispatch] = scheduler.next_dispatches(0.0)
+    scheduler.on_chunk(answer(dispatch), 0.0)
+    [dispatch] = scheduler.next_dispatches(0.0)
+    scheduler.on_shard_death(dispatch.shard, "killed", 0.0)
+    [again] = scheduler.next_dispatches(0.0)
+    assert again.shard != dispatch.shard and again.chunk.token_ids == dispatch.chunk.token_ids
+    scheduler.on_shard_death(again.shard, "killed too", 0.0)
+    [finished] = scheduler.take_finished()
+    [trajectory] = finished.group.trajectories
+    assert trajectory.status is Status.FAILED and "killed too" in trajectory.error and trajectory.reward is None
+    assert len(trajectory.token_ids) == 2 and scheduler.counts.num_failed == {"engine_dead": 1}
+
+
+def test_without_engines_everything_fails_and_submissions_are_refused():
+    scheduler = make_scheduler(num_shards=1)
+    scheduler.submit("h", make_request(), 0.0)
+    scheduler.next_dispatches(0.0)
+    scheduler.on_shard_death(0, "out of memory", 0.0)
+    assert len(scheduler.take_finished()) == 2
+    with pytest.raises(EngineDead, match="out of memory"):
+        scheduler.submit("h2", make_request(), 0.0)
+    scheduler.on_shard_restart(0)
+    scheduler.submit("h2", make_request(), 0.0)
+    assert len(scheduler.next_dispatches(0.0)) == 4
+
+
+@pytest.mark.parametrize("change", [
+    dict(logprobs=()), dict(spans=()), dict(token_ids=(), logprobs=(), spans=()),
+    dict(spans=(VersionSpan(version=0, start=1, stop=8),)),
+    dict(token_ids=(1,) * 9, logprobs=(0.0,) * 9, spans=(VersionSpan(version=0, start=0, stop=9),)),
+])
+def test_an_inconsistent_result_fails_its_trajectory_only(change):
+    scheduler = make_scheduler()
+    scheduler.submit("h", make_request(num_prompts=2, n=1), 0.0)
+    bad, good = scheduler.next_dispatches(0.0)
+    result = answer(bad)
+    fields = {name: getattr(result, name) for name in result.__dataclass_fields__} | change
+    scheduler.on_chunk(ChunkResult(**fields), 0.0)
+    scheduler.on_chunk(answer(good), 0.0)
+    statuses = [f.group.trajectories[0].status for f in scheduler.take_finished()]
+    assert statuses == [Status.FAILED, Status.TRUNCATED]
+    assert scheduler.counts.num_failed == {"engine_error": 1}
+
+
+def test_submission_is_all_or_nothing():
+    scheduler = make_scheduler(max_queued_trajectories=5)
+    good = make_request().prompts[0]
+    for bad in ((), (1, 100), (-1,), tuple(range(60))):
+        request = RolloutRequest(
+            prompts=(good, Prompt(token_ids=bad, prompt_id="bad")), n_samples_per_prompt=1,
+            sampling=SamplingParams(max_tokens=8), run_seed=0, group_ids=("a", "b"),
+        )
+        with pytest.raises(InvalidRequest, match="prompt bad"):
+            scheduler.submit("h", request, 0.0)
+    with pytest.raises(QueueFull, match="max_queued_trajectories = 5"):
+        scheduler.submit("h", make_request(num_prompts=3, n=2), 0.0)
+    assert scheduler.next_dispatches(0.0) == []
+
+
+def make_group(group_id):
+    return Group(group_id=group_id, prompt=Prompt(token_ids=(1,), prompt_id="p"), trajectories=[])
+
+
+def test_ledger_delivers_again_until_acknowledged():
+    ledger = Ledger(client_timeout_s=10)
+    ledger.open("h", "c", 2, 0.0)
+    assert ledger.peek("h", 5).groups == () and not ledger.peek("h", 5).is_done
+    ledger.add("h", make_group("a"))
+    assert [g.group_id for g in ledger.peek("h", 5).groups] == ["a"]
+    assert [g.group_id for g in ledger.peek("h", 5).groups] == ["a"]
+    assert not ledger.acknowledge("h", ["a", "unknown"])
+    ledger.add("h", make_group("b"))
+    assert ledger.peek("h", 5).is_done
+    assert ledger.acknowledge("h", ["a", "b"])
+    with pytest.raises(UnknownHandle):
+        ledger.peek("h", 5)
+
+
+def test_ledger_expires_only_the_silent_client():
+    ledger = Ledger(client_timeout_s=10)
+    ledger.open("silent", "c1", 1, 0.0)
+    ledger.open("alive", "c2", 1, 0.0)
+    ledger.touch("alive", 9.0)
+    assert ledger.expire(11.0).to_abort == ("silent",)
+    assert ledger.expire(12.0).to_abort == ()
+    ledger.add("silent", make_group("a"))
+    ledger.touch("alive", 19.0)
+    expired = ledger.expire(21.0)
+    assert (expired.closed, expired.num_groups_dropped) == (("silent",), 1)
+    assert not ledger.add("silent", make_group("b"))
+    assert ledger.num_clients == 1
