@@ -38,7 +38,7 @@ def _room(config: RunConfig) -> None:
     chunk = config.scheduler.chunk_tokens
     if chunk is not None and chunk >= config.sampling.max_tokens:
         raise InvalidRequest("scheduler.chunk_tokens", chunk,
-                             f"null, or less than sampling.max_tokens = {config.sampling.max_tokens}: it would never cut")
+                             f"null, or less than sampling.max_tokens = {config.sampling.max_tokens} (it never cuts)")
 
 
 def _accelerator(config: RunConfig) -> None:

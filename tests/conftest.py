@@ -34,7 +34,11 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Fast tests first; gpu tests only where there is one."""
     order = list(MARKERS)
-    items.sort(key=lambda item: max((order.index(m.name) + 1 for m in item.iter_markers() if m.name in order), default=0))
+
+    def place(item: pytest.Item) -> int:
+        return max((order.index(mark.name) + 1 for mark in item.iter_markers() if mark.name in order), default=0)
+
+    items.sort(key=place)
     gpu_items = [item for item in items if item.get_closest_marker("gpu")]
     if gpu_items:
         import torch

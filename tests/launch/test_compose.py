@@ -62,7 +62,7 @@ def test_overrides_reach_their_fields() -> None:
     ("sync.transport=nccl", "shared_memory"),
     ("sync.partial_rollout=false", "no effect"),
     ("sync.recompute_kv=false", "prefix"),
-    ("scheduler.chunk_tokens=512", "never cut"),
+    ("scheduler.chunk_tokens=512", "never cuts"),
     ("trainer.kl_coef=0.1", "reference"),
     ("workload.reward=none", "reward"),
     ("cluster.placement_strategy=ANY", "PACK"),

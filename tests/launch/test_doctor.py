@@ -17,7 +17,9 @@ def test_a_check_that_raises_is_a_finding() -> None:
 
 
 @pytest.mark.parametrize("verdict", list(Verdict))
-def test_exit_code_and_table(verdict: Verdict, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_exit_code_and_table(
+    verdict: Verdict, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     row = Finding(subject="thing", verdict=verdict, seen="something", mend="mend it so")
     monkeypatch.setattr(doctor, "examine", lambda: [row])
     assert doctor.main() == (1 if verdict is Verdict.WRONG else 0)
