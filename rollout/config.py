@@ -73,8 +73,8 @@ class EngineConfig:
     enable_prefix_caching: bool = True  # members of a group share their prompt's KV
     enforce_eager: bool = True  # no graph capture (always so on CPU)
     omp_threads_bind: str | None = None  # CPU only: core list of each shard, '|' between shards; None = one core each
-    distributed_timeout_s: float = 60.0  # a rank silent for this long in a collective is taken for dead
-    start_timeout_s: float = 300.0  # longest wait for all engines to become ready
+    distributed_timeout_s: float = 300.0  # a rank silent for this long in a collective, also while they meet at the start, is taken for dead
+    start_timeout_s: float = 600.0  # longest wait for all engines to become ready
     vllm: dict[str, Any] = field(default_factory=dict)  # passed verbatim to vLLM's AsyncEngineArgs
 
     def __post_init__(self) -> None:
