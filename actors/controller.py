@@ -66,9 +66,7 @@ class Controller:
         self._limits = ModelLimits(
             vocab_size=min(info.vocab_size for info in infos), max_model_len=min(info.max_model_len for info in infos)
         )
-        self._scheduler = Scheduler(
-            config, self._limits, sorted(self._shards), partial_rollout=sync.partial_rollout
-        )
+        self._scheduler = Scheduler(config, self._limits, sorted(self._shards), partial_rollout=sync.partial_rollout)
         self._ledger = Ledger(config.client_timeout_s)
         self._rewards = RewardPool(model, config.num_reward_workers, config.reward_timeout_s)
         receivers = [ShardReceiver(self._shards[rank]) for rank in sorted(self._shards)]

@@ -159,7 +159,8 @@ def check_resources(engine: EngineConfig, cluster: ClusterConfig) -> None:
     per_node = cluster.num_gpus_per_node // engine.tensor_parallel_size
     if engine.num_shards > per_node * cluster.num_nodes:
         raise InvalidRequest(
-            "engine.num_shards", f"{engine.num_shards} of {engine.tensor_parallel_size} GPUs",
+            "engine.num_shards",
+            f"{engine.num_shards} of {engine.tensor_parallel_size} GPUs",
             f"at most {per_node * cluster.num_nodes} on {cluster.num_nodes} nodes of {cluster.num_gpus_per_node} GPUs",
         )
     gpus = sorted((int(n.get("GPU", 0)) for n in nodes), reverse=True)

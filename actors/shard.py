@@ -69,8 +69,12 @@ class Shard:
         from actors.shard_stats import LastStats
 
         arguments = engine_args(
-            self._model, self._engine_config, self._sync,
-            rank=self._rank, rendezvous=rendezvous, on_gpu=self._on_gpu,
+            self._model,
+            self._engine_config,
+            self._sync,
+            rank=self._rank,
+            rendezvous=rendezvous,
+            on_gpu=self._on_gpu,
         )
         self._stats = LastStats()
         try:
@@ -120,10 +124,11 @@ class Shard:
         began = time.monotonic()
         output: Any = None
         try:
-            async for output in self._engine.generate(
+            stream = self._engine.generate(
                 {"prompt_token_ids": list(chunk.token_ids)}, self._sampling_params(chunk), request_id
-            ):
-                pass
+            )
+            async for latest in stream:  # one output, the final one
+                output = latest
         except EngineDeadError as error:
             raise EngineDead(f"shard {self._rank}: {error}") from error
         finally:

@@ -97,9 +97,7 @@ class TrainerRank:
         torch.manual_seed(config.seed)
         ds_config = deepspeed_config(config, self._model.dtype)
         module = build_module(self._model, config, ds_config)
-        self._engine, *_ = deepspeed.initialize(
-            model=module, model_parameters=module.parameters(), config=ds_config
-        )
+        self._engine, *_ = deepspeed.initialize(model=module, model_parameters=module.parameters(), config=ds_config)
         restore_rotary_frequencies(module)
         if config.kl_reference is not Reference.NONE:
             ds_reference = {key: value for key, value in ds_config.items() if key != "optimizer"}
@@ -107,9 +105,7 @@ class TrainerRank:
             self._reference, *_ = deepspeed.initialize(model=frozen, config=ds_reference)
             restore_rotary_frequencies(frozen)
 
-    def train_step(
-        self, batches: list[MicroBatch], lr: float, num_batch_tokens: int, version: int
-    ) -> StepResult:
+    def train_step(self, batches: list[MicroBatch], lr: float, num_batch_tokens: int, version: int) -> StepResult:
         """Accumulate the gradient of the micro-batches and step once.
 
         Args:
@@ -154,9 +150,15 @@ class TrainerRank:
         old = logprobs.detach()  # one update a batch: the policy that is updated is the old one
         tis = importance_weights(old, sampling, config.tis_cap) if config.use_tis else None
         terms = policy_loss(
-            logprobs, old, batch.advantages.to(self._device), weights,
-            clip_low=config.clip_low, clip_high=config.clip_high, tis_weights=tis,
-            reference_logprobs=reference, kl_coef=config.kl_coef,
+            logprobs,
+            old,
+            batch.advantages.to(self._device),
+            weights,
+            clip_low=config.clip_low,
+            clip_high=config.clip_high,
+            tis_weights=tis,
+            reference_logprobs=reference,
+            kl_coef=config.kl_coef,
         )
         sums.add(terms, measure(old, sampling, is_trained))
         sums.neg_logprob -= float(old[is_trained].sum())
@@ -183,8 +185,9 @@ class TrainerRank:
         mask = None
         if needs_router:
             mask = (torch.arange(length)[None, :] < batch.lengths[:, None]).long().to(self._device)
-        output = engine(input_ids=ids, attention_mask=mask, logits_to_keep=keep, use_cache=False,
-                        output_router_logits=needs_router)
+        output = engine(
+            input_ids=ids, attention_mask=mask, logits_to_keep=keep, use_cache=False, output_router_logits=needs_router
+        )
         logprobs = selected_logprobs(output.logits, ids[:, batch.first_target :], self._temperature)
         return logprobs, output.aux_loss if needs_router else None
 
@@ -205,9 +208,7 @@ class TrainerRank:
 
     def save(self, step: int) -> None:
         """Write this rank's part of a checkpoint and seal it."""
-        self._engine.save_checkpoint(
-            str(self._checkpoints.root), tag=self._checkpoints.tag(step), save_latest=False
-        )
+        self._engine.save_checkpoint(str(self._checkpoints.root), tag=self._checkpoints.tag(step), save_latest=False)
         mine = []
         for file in sorted(self._checkpoints.path(step).glob("*.pt")):
             match = RANK_FILE.search(file.name)
@@ -240,8 +241,9 @@ class TrainerRank:
                 best, second = last.topk(2).values.tolist()
                 row.append(int((last == best).nonzero()[0]))
                 row_gaps.append(best - second)
-        return [Continuation(token_ids=tuple(row[-num_tokens:]), gaps=tuple(g))
-                for row, g in zip(rows, gaps, strict=True)]
+        return [
+            Continuation(token_ids=tuple(row[-num_tokens:]), gaps=tuple(g)) for row, g in zip(rows, gaps, strict=True)
+        ]
 
     def weights_digest(self) -> str:
         """One digest of all weights, computed bucket by bucket."""

@@ -94,9 +94,14 @@ class TrainerGroup:
             actor.remote(rank, model, trainer, sync, sampling.temperature, controller, checkpoints)
             for rank in range(trainer.num_ranks)
         ]
-        group = TrainerGroup(ranks, trainer, sampling, checkpoints,
-                             publish_timeout_s=trainer.distributed_timeout_s + sync.timeout_s,
-                             has_controller=controller is not None)
+        group = TrainerGroup(
+            ranks,
+            trainer,
+            sampling,
+            checkpoints,
+            publish_timeout_s=trainer.distributed_timeout_s + sync.timeout_s,
+            has_controller=controller is not None,
+        )
         try:
             rendezvous = group._wait([ranks[0].rendezvous.remote()], trainer.start_timeout_s, "start")[0]
             group._wait([r.start.remote(rendezvous) for r in ranks], trainer.start_timeout_s, "start")
@@ -129,14 +134,22 @@ class TrainerGroup:
         if selection.samples:
             plans = plan_ranks(selection.samples, config.num_ranks, config.micro_batch_tokens)
             num_tokens = sum(sample.num_tokens for sample in selection.samples)
-            refs = [rank.train_step.remote(plan, lr, num_tokens, version)
-                    for rank, plan in zip(self._ranks, plans, strict=True)]
+            refs = [
+                rank.train_step.remote(plan, lr, num_tokens, version)
+                for rank, plan in zip(self._ranks, plans, strict=True)
+            ]
             result = self._wait(refs, config.distributed_timeout_s, f"step to version {version}")[0]
         else:
             logger.warning("version %d: no trajectory left to train on, weights unchanged", version)
         self._version = version
-        return summarise(selection, result.sums, version=version, grad_norm=result.grad_norm, lr=lr,
-                         duration_s=time.monotonic() - begun)
+        return summarise(
+            selection,
+            result.sums,
+            version=version,
+            grad_norm=result.grad_norm,
+            lr=lr,
+            duration_s=time.monotonic() - begun,
+        )
 
     def publish(self) -> SyncReport:
         """Send the weights of the current version to the shards.

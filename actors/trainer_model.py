@@ -36,13 +36,12 @@ def use_one_thread_on_cpu(config: TrainerConfig) -> None:
 def open_store(rank: int, num_ranks: int, host: str, timeout_s: float) -> dist.TCPStore:
     """Open the meeting point of the group on rank 0, on a port the system picks."""
     assert rank == 0, "only rank 0 hosts the store"
-    return dist.TCPStore(host, 0, num_ranks, is_master=True, wait_for_workers=False,
-                         timeout=timedelta(seconds=timeout_s))
+    return dist.TCPStore(
+        host, 0, num_ranks, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout_s)
+    )
 
 
-def join_group(
-    rank: int, rendezvous: Rendezvous, config: TrainerConfig, store: dist.TCPStore | None
-) -> torch.device:
+def join_group(rank: int, rendezvous: Rendezvous, config: TrainerConfig, store: dist.TCPStore | None) -> torch.device:
     """Join the process group and hand it to DeepSpeed.
 
     Args:
@@ -54,12 +53,22 @@ def join_group(
     Returns:
         The device this rank computes on.
     """
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(config.num_ranks), LOCAL_RANK="0",
-                      MASTER_ADDR=rendezvous.host, MASTER_PORT=str(rendezvous.rpc_port))
+    os.environ.update(
+        RANK=str(rank),
+        WORLD_SIZE=str(config.num_ranks),
+        LOCAL_RANK="0",
+        MASTER_ADDR=rendezvous.host,
+        MASTER_PORT=str(rendezvous.rpc_port),
+    )
     timeout = timedelta(seconds=config.distributed_timeout_s)
     if store is None:
-        store = dist.TCPStore(rendezvous.host, rendezvous.rpc_port, config.num_ranks, is_master=False,
-                              timeout=timedelta(seconds=config.start_timeout_s))
+        store = dist.TCPStore(
+            rendezvous.host,
+            rendezvous.rpc_port,
+            config.num_ranks,
+            is_master=False,
+            timeout=timedelta(seconds=config.start_timeout_s),
+        )
     on_gpu = config.num_gpus_per_rank > 0
     backend = "nccl" if on_gpu else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=config.num_ranks, timeout=timeout)
@@ -92,8 +101,12 @@ def deepspeed_config(config: TrainerConfig, dtype: str) -> dict[str, Any]:
         "zero_optimization": {"stage": config.zero_stage},
         "optimizer": {
             "type": "AdamW",
-            "params": {"lr": config.lr, "betas": list(config.betas), "weight_decay": config.weight_decay,
-                       "torch_adam": True},
+            "params": {
+                "lr": config.lr,
+                "betas": list(config.betas),
+                "weight_decay": config.weight_decay,
+                "torch_adam": True,
+            },
         },
     }
     if dtype == "bfloat16":
@@ -170,9 +183,11 @@ def fill_from_checkpoint(module: torch.nn.Module, model_dir: Path) -> None:
     """
     files = checkpoint_files(model_dir)
     stored = {name: spec.shape for name, spec in checkpoint_specs(model_dir, "float32").items()}
-    wanted = {name: tuple(piece.shape)
-              for key, p in trained_parameters(module)
-              for name, piece in split_parameter(key, torch.empty(full_shape(p), device="meta"))}
+    wanted = {
+        name: tuple(piece.shape)
+        for key, p in trained_parameters(module)
+        for name, piece in split_parameter(key, torch.empty(full_shape(p), device="meta"))
+    }
     if wanted != stored:
         some = sorted(dict(wanted.items() ^ stored.items()))[:5]
         raise InvalidRequest(f"weights of {model_dir}", f"other tensors: {some}", "those of its config.json")

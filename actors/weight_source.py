@@ -82,8 +82,9 @@ class ControllerReceiver:
 def parameter_buckets(module: torch.nn.Module, bucket_bytes: int) -> list[NamedParameters]:
     """Cut the parameters, in model order, into groups of at most `bucket_bytes` as trained."""
     parameters = dict(trained_parameters(module))
-    specs = [TensorSpec(name=name, shape=tuple(full_shape(p)), dtype=dtype_name(p.dtype))
-             for name, p in parameters.items()]
+    specs = [
+        TensorSpec(name=name, shape=tuple(full_shape(p)), dtype=dtype_name(p.dtype)) for name, p in parameters.items()
+    ]
     plan = plan_buckets(specs, bucket_bytes)
     return [[(spec.name, parameters[spec.name]) for spec in bucket] for bucket in plan]
 
@@ -95,8 +96,10 @@ def checkpoint_tensors(bucket: NamedParameters) -> NamedTensors:
 
 def published_specs(module: torch.nn.Module, dtype: str) -> tuple[TensorSpec, ...]:
     """Every tensor a publication sends, in order, without gathering anything."""
-    meta = [(name, torch.empty(full_shape(p), dtype=torch_dtype(dtype), device="meta"))
-            for name, p in trained_parameters(module)]
+    meta = [
+        (name, torch.empty(full_shape(p), dtype=torch_dtype(dtype), device="meta"))
+        for name, p in trained_parameters(module)
+    ]
     return tuple(spec_of(*piece) for name, tensor in meta for piece in split_parameter(name, tensor))
 
 

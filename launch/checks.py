@@ -21,8 +21,9 @@ def check(config: RunConfig) -> None:
 
 def _sampling(config: RunConfig) -> None:
     sampling = config.sampling
-    SamplingParams(max_tokens=sampling.max_tokens, temperature=sampling.temperature,
-                   top_k=sampling.top_k, top_p=sampling.top_p)
+    SamplingParams(
+        max_tokens=sampling.max_tokens, temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p
+    )
     if sampling.n_samples_per_prompt < 1:
         raise InvalidRequest("sampling.n_samples_per_prompt", sampling.n_samples_per_prompt, "an integer ≥ 1")
 
@@ -30,31 +31,44 @@ def _sampling(config: RunConfig) -> None:
 def _room(config: RunConfig) -> None:
     limit = config.model.max_model_len
     if config.sampling.max_tokens >= limit:
-        raise InvalidRequest("sampling.max_tokens", config.sampling.max_tokens,
-                             f"less than model.max_model_len = {limit}, so that a prompt fits too")
+        raise InvalidRequest(
+            "sampling.max_tokens",
+            config.sampling.max_tokens,
+            f"less than model.max_model_len = {limit}, so that a prompt fits too",
+        )
     eval_tokens = config.workload.eval_max_tokens
     if eval_tokens is not None and not 0 < eval_tokens < limit:
         raise InvalidRequest("workload.eval_max_tokens", eval_tokens, f"a number in [1, {limit}), or null")
     chunk = config.scheduler.chunk_tokens
     if chunk is not None and chunk >= config.sampling.max_tokens:
-        raise InvalidRequest("scheduler.chunk_tokens", chunk,
-                             f"null, or less than sampling.max_tokens = {config.sampling.max_tokens} (it never cuts)")
+        raise InvalidRequest(
+            "scheduler.chunk_tokens",
+            chunk,
+            f"null, or less than sampling.max_tokens = {config.sampling.max_tokens} (it never cuts)",
+        )
 
 
 def _accelerator(config: RunConfig) -> None:
     cluster, engine = config.cluster, config.engine
     if cluster.placement_strategy not in PLACEMENT_STRATEGIES:
-        raise InvalidRequest("cluster.placement_strategy", cluster.placement_strategy,
-                             f"one of {', '.join(PLACEMENT_STRATEGIES)}")
+        raise InvalidRequest(
+            "cluster.placement_strategy", cluster.placement_strategy, f"one of {', '.join(PLACEMENT_STRATEGIES)}"
+        )
     if engine.all2all_backend is not None and not engine.enable_expert_parallel:
-        raise InvalidRequest("engine.all2all_backend", engine.all2all_backend,
-                             "null: without engine.enable_expert_parallel it has no effect")
+        raise InvalidRequest(
+            "engine.all2all_backend",
+            engine.all2all_backend,
+            "null: without engine.enable_expert_parallel it has no effect",
+        )
     if cluster.num_gpus_per_node == 0:
         return
     have, want = cluster.num_nodes * cluster.num_gpus_per_node, engine.num_shards * engine.tensor_parallel_size
     if want > have:
-        raise InvalidRequest("engine.num_shards × engine.tensor_parallel_size", want,
-                             f"at most cluster.num_nodes × cluster.num_gpus_per_node = {have}")
+        raise InvalidRequest(
+            "engine.num_shards × engine.tensor_parallel_size",
+            want,
+            f"at most cluster.num_nodes × cluster.num_gpus_per_node = {have}",
+        )
 
 
 def _cpu_engine(config: RunConfig) -> None:
@@ -62,8 +76,11 @@ def _cpu_engine(config: RunConfig) -> None:
         return
     engine, default = config.engine, EngineConfig()
     if engine.all2all_backend is not None:
-        raise InvalidRequest("engine.all2all_backend", engine.all2all_backend,
-                             "null on CPU: DeepEP and its kin need GPUs (cluster.num_gpus_per_node)")
+        raise InvalidRequest(
+            "engine.all2all_backend",
+            engine.all2all_backend,
+            "null on CPU: DeepEP and its kin need GPUs (cluster.num_gpus_per_node)",
+        )
     if config.sync.transport == "nccl":
         raise InvalidRequest("sync.transport", "nccl", "shared_memory on CPU (cluster.num_gpus_per_node = 0)")
     if engine.kv_cache_dtype != "auto":
@@ -71,8 +88,11 @@ def _cpu_engine(config: RunConfig) -> None:
     if not engine.enforce_eager:
         raise InvalidRequest("engine.enforce_eager", False, "true on CPU, where there are no graphs to capture")
     if engine.gpu_memory_utilization != default.gpu_memory_utilization:
-        raise InvalidRequest("engine.gpu_memory_utilization", engine.gpu_memory_utilization,
-                             "its default on CPU, where it has no effect; use engine.kv_cache_bytes")
+        raise InvalidRequest(
+            "engine.gpu_memory_utilization",
+            engine.gpu_memory_utilization,
+            "its default on CPU, where it has no effect; use engine.kv_cache_bytes",
+        )
     bind = engine.omp_threads_bind
     if bind is not None and len(bind.split("|")) != engine.num_shards:
         raise InvalidRequest("engine.omp_threads_bind", bind, f"{engine.num_shards} core lists with '|' between")
@@ -86,16 +106,24 @@ def _gpu_engine(config: RunConfig) -> None:
 def _sync(config: RunConfig) -> None:
     sync = config.sync
     if not sync.partial_rollout and sync.in_flight is not InFlight.ABORT:
-        raise InvalidRequest("sync.partial_rollout", False,
-                             f"true: sync.in_flight={sync.in_flight.value} never aborts, so it has no effect")
+        raise InvalidRequest(
+            "sync.partial_rollout",
+            False,
+            f"true: sync.in_flight={sync.in_flight.value} never aborts, so it has no effect",
+        )
     if sync.recompute_kv:
         return
     if sync.in_flight is not InFlight.KEEP:
-        raise InvalidRequest("sync.recompute_kv", False,
-                             f"true: sync.in_flight={sync.in_flight.value} leaves no running KV to keep")
+        raise InvalidRequest(
+            "sync.recompute_kv", False, f"true: sync.in_flight={sync.in_flight.value} leaves no running KV to keep"
+        )
     if config.engine.enable_prefix_caching:
-        raise InvalidRequest("sync.recompute_kv", False, "engine.enable_prefix_caching=false with it: "
-                             "a prefix cache would serve KV of the old weights to new requests")
+        raise InvalidRequest(
+            "sync.recompute_kv",
+            False,
+            "engine.enable_prefix_caching=false with it: "
+            "a prefix cache would serve KV of the old weights to new requests",
+        )
 
 
 def _trainer(config: RunConfig) -> None:
@@ -103,8 +131,11 @@ def _trainer(config: RunConfig) -> None:
     if not trainer.use_tis and trainer.tis_cap != default.tis_cap:
         raise InvalidRequest("trainer.tis_cap", trainer.tis_cap, "trainer.use_tis=true with it")
     if config.sampling.n_samples_per_prompt < 2:
-        raise InvalidRequest("sampling.n_samples_per_prompt", config.sampling.n_samples_per_prompt,
-                             "≥ 2: GRPO compares the members of a group")
+        raise InvalidRequest(
+            "sampling.n_samples_per_prompt",
+            config.sampling.n_samples_per_prompt,
+            "≥ 2: GRPO compares the members of a group",
+        )
     if config.sampling.temperature == 0:
         raise InvalidRequest("sampling.temperature", 0, "> 0: greedy members of a group are all the same")
     if config.trainer.zero_stage not in (0, 1, 2, 3):

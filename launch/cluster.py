@@ -44,8 +44,9 @@ def start_ray(config: RunConfig) -> None:
         except ConnectionError as error:
             raise LongrollError(f"Ray cluster: got no answer at {address} ({error}), expected a running one") from error
         return
-    wanted = (config.engine.num_shards * cluster.num_cpus_per_shard
-              + config.trainer.num_ranks * cluster.num_cpus_per_trainer)
+    wanted = (
+        config.engine.num_shards * cluster.num_cpus_per_shard + config.trainer.num_ranks * cluster.num_cpus_per_trainer
+    )
     ray.init(
         address="local",  # never an unrelated cluster that happens to run on this machine
         num_cpus=max(os.cpu_count() or 1, math.ceil(wanted) + 1),

@@ -61,8 +61,12 @@ def torchvision() -> Finding:
 
     found = [n for n in ("torchvision", "torchaudio", "torchcodec") if importlib.util.find_spec(n) is not None]
     good = not found or torch.version.cuda is not None
-    return _finding("torchvision", good, ", ".join(found) or "absent, as it should be",
-                    f"python -m pip uninstall -y {' '.join(found)}")
+    return _finding(
+        "torchvision",
+        good,
+        ", ".join(found) or "absent, as it should be",
+        f"python -m pip uninstall -y {' '.join(found)}",
+    )
 
 
 def vllm() -> Finding:
@@ -85,8 +89,12 @@ def plug_ins() -> Finding:
     allowed = os.environ.get("VLLM_PLUGINS")
     if allowed is not None and "longroll" not in allowed.split(","):
         missing.append(f"VLLM_PLUGINS={allowed!r} hides it")
-    return _finding("vLLM plug-ins", not missing, "; ".join(missing) or "registered",
-                    "python -m pip install --no-deps -e .   (and unset VLLM_PLUGINS)")
+    return _finding(
+        "vLLM plug-ins",
+        not missing,
+        "; ".join(missing) or "registered",
+        "python -m pip install --no-deps -e .   (and unset VLLM_PLUGINS)",
+    )
 
 
 def triton() -> Finding:
@@ -106,8 +114,12 @@ def ray() -> Finding:
 def kernels_name() -> Finding:
     """transformers probes a top-level module `kernels`; Hugging Face's package of that name hides ours."""
     taken = _has("kernels")
-    return _finding("package name `kernels`", not taken, "Hugging Face's is installed" if taken else "ours",
-                    "python -m pip uninstall -y kernels")
+    return _finding(
+        "package name `kernels`",
+        not taken,
+        "Hugging Face's is installed" if taken else "ours",
+        "python -m pip uninstall -y kernels",
+    )
 
 
 def compiler() -> Finding:
@@ -118,22 +130,31 @@ def compiler() -> Finding:
 def cores() -> Finding:
     count = len(os.sched_getaffinity(0))
     mend = "works, one shard after the other; use two cores or more"
-    return Finding(subject="cores", verdict=Verdict.RIGHT if count >= 2 else Verdict.NOTE, seen=str(count),
-                   mend="" if count >= 2 else mend)
+    return Finding(
+        subject="cores",
+        verdict=Verdict.RIGHT if count >= 2 else Verdict.NOTE,
+        seen=str(count),
+        mend="" if count >= 2 else mend,
+    )
 
 
 def memory() -> Finding:
     import psutil
 
     free = psutil.virtual_memory().available / 1e9
-    return _finding("memory", free >= MIN_MEMORY_GB, f"{free:.1f} GB available",
-                    f"free some: the demo needs {MIN_MEMORY_GB:.0f} GB")
+    return _finding(
+        "memory", free >= MIN_MEMORY_GB, f"{free:.1f} GB available", f"free some: the demo needs {MIN_MEMORY_GB:.0f} GB"
+    )
 
 
 def shared_memory() -> Finding:
     free = shutil.disk_usage("/dev/shm").free
-    return _finding("/dev/shm", free >= MIN_SHM_BYTES, f"{free / 2**20:,.0f} MiB free",
-                    "in a container: --shm-size=2g; or remove what a dead process left there")
+    return _finding(
+        "/dev/shm",
+        free >= MIN_SHM_BYTES,
+        f"{free / 2**20:,.0f} MiB free",
+        "in a container: --shm-size=2g; or remove what a dead process left there",
+    )
 
 
 def model() -> Finding:
@@ -141,8 +162,12 @@ def model() -> Finding:
 
     folder = Path(__file__).resolve().parent.parent / "models" / "tiny"
     if not (folder / "model.safetensors").is_file():
-        return _finding("model directory", False, f"{folder.name}: no model.safetensors",
-                        "git checkout models, or python -m launch.make_tiny_model")
+        return _finding(
+            "model directory",
+            False,
+            f"{folder.name}: no model.safetensors",
+            "git checkout models, or python -m launch.make_tiny_model",
+        )
     seen = f"models/tiny: {AutoConfig.from_pretrained(folder).model_type}"
     return Finding(subject="model directory", verdict=Verdict.RIGHT, seen=seen)
 
@@ -159,10 +184,21 @@ def gpu() -> Finding:
 
 
 CHECKS: tuple[tuple[str, Callable[[], Finding]], ...] = (
-    ("Python", python), ("torch", torch_build), ("torchvision", torchvision), ("vLLM", vllm),
-    ("vLLM plug-ins", plug_ins), ("triton", triton), ("DeepSpeed", deepspeed), ("Ray", ray),
-    ("package name `kernels`", kernels_name), ("C++ compiler", compiler), ("cores", cores), ("memory", memory),
-    ("/dev/shm", shared_memory), ("model directory", model), ("GPU", gpu),
+    ("Python", python),
+    ("torch", torch_build),
+    ("torchvision", torchvision),
+    ("vLLM", vllm),
+    ("vLLM plug-ins", plug_ins),
+    ("triton", triton),
+    ("DeepSpeed", deepspeed),
+    ("Ray", ray),
+    ("package name `kernels`", kernels_name),
+    ("C++ compiler", compiler),
+    ("cores", cores),
+    ("memory", memory),
+    ("/dev/shm", shared_memory),
+    ("model directory", model),
+    ("GPU", gpu),
 )
 
 

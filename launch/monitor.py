@@ -10,6 +10,7 @@ import hashlib
 import logging
 import os
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +25,7 @@ from rollout.config import MonitorConfig
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
+PLAIN_INTERVAL_S = 10.0  # between two lines about the same count, where there are no bars
 
 
 class Monitor:
@@ -72,9 +74,14 @@ class Monitor:
             self._progress.remove_task(bar)
 
     def track(self, items: Iterable[T], name: str, total: int) -> Iterator[T]:
-        """Pass items through, counting them on a bar."""
+        """Pass items through, counting them on a bar, or now and then in a line."""
         if self._progress is None:
-            yield from items
+            said_at = time.monotonic()
+            for done, item in enumerate(items, start=1):
+                if time.monotonic() - said_at >= PLAIN_INTERVAL_S and done < total:
+                    said_at = time.monotonic()
+                    self.say(f"{name} {done}/{total}")
+                yield item
             return
         bar = self._progress.add_task(name, total=total)
         try:
@@ -89,8 +96,14 @@ class Monitor:
             f"eval {when}: reward {evaluation.reward:.3f}  exact {evaluation.exact_rate:.3f}  "
             f"length {evaluation.length_mean:.0f}  problems {len(evaluation.rewards)}  {evaluation.duration_s:.1f} s"
         )
-        self._log({"train/step": step, "eval/reward_mean": evaluation.reward,
-                   "eval/exact_rate": evaluation.exact_rate, "eval/response_length_mean": evaluation.length_mean})
+        self._log(
+            {
+                "train/step": step,
+                "eval/reward_mean": evaluation.reward,
+                "eval/exact_rate": evaluation.exact_rate,
+                "eval/response_length_mean": evaluation.length_mean,
+            }
+        )
 
     def step(self, record: StepRecord) -> None:
         """Record a finished step and say it in one line."""
@@ -126,8 +139,13 @@ class Monitor:
 
         mode: Any = config.wandb_mode
         self._wandb = wandb.init(
-            project=config.wandb_project, dir=str(run_dir), id=self.run_id, resume="allow", mode=mode,
-            config=settings, settings=wandb.Settings(console="off", x_disable_stats=True),
+            project=config.wandb_project,
+            dir=str(run_dir),
+            id=self.run_id,
+            resume="allow",
+            mode=mode,
+            config=settings,
+            settings=wandb.Settings(console="off", x_disable_stats=True),
         )
         for axis, areas in AREAS.items():
             self._wandb.define_metric(axis)
@@ -136,8 +154,13 @@ class Monitor:
 
     def _start_progress(self) -> None:
         self._progress = Progress(
-            SpinnerColumn(), TextColumn("{task.description:<10}"), BarColumn(), MofNCompleteColumn(),
-            TimeElapsedColumn(), console=self._console, transient=True,
+            SpinnerColumn(),
+            TextColumn("{task.description:<10}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            console=self._console,
+            transient=True,
         )
         self._steps_bar = self._progress.add_task("steps", total=self._num_steps)
         self._progress.start()

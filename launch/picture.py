@@ -51,8 +51,15 @@ def _reward(axis: Any, x: list[int], steps: Sequence[StepRecord], evals: tuple[f
     axis.plot(x, [s.reward_mean for s in steps], color=BLUE, marker="o", markersize=3.5, label="reward, mean")
     axis.plot(x, [s.exact_rate for s in steps], color=GREEN, linestyle="--", linewidth=1.4, label="exactly right")
     if evals is not None:
-        axis.scatter([x[0] - 0.5, x[-1] + 0.5], evals, color=ORANGE, marker="D", s=42, zorder=3,
-                     label="held-out,\nbefore and after")
+        axis.scatter(
+            [x[0] - 0.5, x[-1] + 0.5],
+            evals,
+            color=ORANGE,
+            marker="D",
+            s=42,
+            zorder=3,
+            label="held-out,\nbefore and after",
+        )
         for place, value in zip((x[0] - 0.5, x[-1] + 0.5), evals, strict=True):
             axis.annotate(f"{value:.2f}", (place, value), textcoords="offset points", xytext=(0, 8), ha="center")
     axis.set_ylabel("reward")

@@ -48,8 +48,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _submit(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m launch.submit", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m launch.submit", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--address", default=os.environ.get("RAY_API_SERVER_ADDRESS", ADDRESS))
     parser.add_argument("--python", default="python", help="interpreter on the cluster")
     parser.add_argument("--job-id", default=None, help="a name of your own for the job")

@@ -21,7 +21,7 @@ from typing import Any
 import ray
 from omegaconf import OmegaConf
 
-from actors.service import start_service
+from actors.service import Service, start_service
 from actors.trainer_group import TrainerGroup
 from launch.cluster import model_path, run_directory, start_ray
 from launch.compose import compose, model_directory, to_yaml
@@ -44,7 +44,7 @@ def train(config: RunConfig, run_dir: Path, monitor: Monitor) -> Summary:
     began = time.monotonic()
     workload, history = Workload(config.workload, config.model, config.trainer.seed), History(run_dir / "steps.jsonl")
     with (
-        start_service(config.model, config.engine, config.scheduler, config.sync, config.cluster) as service,
+        service_of(config, monitor) as service,
         trainers_of(config, run_dir, service.controller) as trainers,
     ):
         client = service.client
@@ -61,8 +61,12 @@ def train(config: RunConfig, run_dir: Path, monitor: Monitor) -> Summary:
                 metrics = trainers.train_step(groups)
             with timed(times, "sync_s"), monitor.phase("sync"):
                 report = trainers.publish()
-            cursor = Cursor(step=step, version=trainers.version, wandb_run_id=monitor.run_id,
-                            data_cursor=cursor.data_cursor + num_requested(config))
+            cursor = Cursor(
+                step=step,
+                version=trainers.version,
+                wandb_run_id=monitor.run_id,
+                data_cursor=cursor.data_cursor + num_requested(config),
+            )
             is_last = step == config.trainer.num_steps
             record = step_record(step, groups, metrics, report, times)
             history.add(record)
@@ -74,9 +78,15 @@ def train(config: RunConfig, run_dir: Path, monitor: Monitor) -> Summary:
 
         after = evaluate(config, client, workload, cursor.version, monitor)
         monitor.evaluation(after, "after", cursor.step)
-        return summarise(before=before, after=after, steps=history.steps, shards=tuple(service.infos),
-                         num_trainer_ranks=config.trainer.num_ranks, start_s=start_s,
-                         total_s=time.monotonic() - began)
+        return summarise(
+            before=before,
+            after=after,
+            steps=history.steps,
+            shards=tuple(service.infos),
+            num_trainer_ranks=config.trainer.num_ranks,
+            start_s=start_s,
+            total_s=time.monotonic() - began,
+        )
 
 
 def rollout(
@@ -86,8 +96,11 @@ def rollout(
     prompts = workload.batch(data_cursor, num_requested(config))
     sampling = config.sampling
     handle = client.submit(
-        prompts, sampling.n_samples_per_prompt, sampling_params(config, sampling.max_tokens),
-        run_seed=config.trainer.seed, group_ids=[f"step{step:06d}/{i:04d}" for i in range(len(prompts))],
+        prompts,
+        sampling.n_samples_per_prompt,
+        sampling_params(config, sampling.max_tokens),
+        run_seed=config.trainer.seed,
+        group_ids=[f"step{step:06d}/{i:04d}" for i in range(len(prompts))],
         reward=config.workload.reward,
     )
     wanted = config.trainer.prompts_per_step
@@ -105,8 +118,12 @@ def evaluate(
     prompts = workload.held_out()
     max_tokens = config.workload.eval_max_tokens or config.sampling.max_tokens
     handle = client.submit(
-        prompts, 1, sampling_params(config, max_tokens), run_seed=0,
-        group_ids=[f"eval/{i:06d}" for i in range(len(prompts))], reward=config.workload.reward,
+        prompts,
+        1,
+        sampling_params(config, max_tokens),
+        run_seed=0,
+        group_ids=[f"eval/{i:06d}" for i in range(len(prompts))],
+        reward=config.workload.reward,
     )
     groups = list(monitor.track(client.groups(handle), "evaluate", len(prompts)))
     return evaluation_of(groups, version, time.monotonic() - began)
@@ -143,14 +160,28 @@ def num_requested(config: RunConfig) -> int:
 
 def sampling_params(config: RunConfig, max_tokens: int) -> SamplingParams:
     sampling = config.sampling
-    return SamplingParams(max_tokens=max_tokens, temperature=sampling.temperature,
-                          top_k=sampling.top_k, top_p=sampling.top_p)
+    return SamplingParams(
+        max_tokens=max_tokens, temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p
+    )
+
+
+def service_of(config: RunConfig, monitor: Monitor) -> Service:
+    monitor.say(f"starting {config.engine.num_shards} shards; importing vLLM takes each of them a minute or so")
+    return start_service(
+        config.model,
+        config.engine,
+        config.scheduler,
+        config.sync,
+        config.cluster,
+        on_progress=lambda ready, total: monitor.say(f"shards ready {ready}/{total}"),
+    )
 
 
 @contextmanager
 def trainers_of(config: RunConfig, run_dir: Path, controller: Any) -> Iterator[TrainerGroup]:
-    trainers = TrainerGroup.start(config.model, config.trainer, config.sampling, config.sync, config.cluster,
-                                  run_dir, controller)
+    trainers = TrainerGroup.start(
+        config.model, config.trainer, config.sampling, config.sync, config.cluster, run_dir, controller
+    )
     try:
         yield trainers
     finally:
@@ -183,8 +214,10 @@ def run(config: RunConfig) -> int:
             history = History(run_dir / "steps.jsonl")
             history.restore(config.trainer.num_steps)
             draw(history.steps, picture, run_dir.name, (summary.eval_reward_before, summary.eval_reward_after))
-        monitor.say(f"reward {summary.eval_reward_before:.3f} → {summary.eval_reward_after:.3f} "
-                    f"(p = {summary.p_value:.2g}) in {summary.timing_s['total']:.0f} s; see {run_dir / 'summary.json'}")
+        monitor.say(
+            f"reward {summary.eval_reward_before:.3f} → {summary.eval_reward_after:.3f} "
+            f"(p = {summary.p_value:.2g}) in {summary.timing_s['total']:.0f} s; see {run_dir / 'summary.json'}"
+        )
         code = 0
     finally:
         monitor.finish(exit_code=code, picture=picture if code == 0 and config.monitor.picture else None)

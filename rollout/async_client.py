@@ -51,8 +51,15 @@ class AsyncRolloutClient:
             self._limits = await self._call("limits")
         submission, self._num_submitted = self._num_submitted, self._num_submitted + 1
         request = build_request(
-            prompts, n_samples_per_prompt, sampling, run_seed, group_ids, reward, priority,
-            limits=self._limits, submission=submission,
+            prompts,
+            n_samples_per_prompt,
+            sampling,
+            run_seed,
+            group_ids,
+            reward,
+            priority,
+            limits=self._limits,
+            submission=submission,
         )
         handle: RolloutHandle = await self._call("submit", request, self._client_id)
         return handle

@@ -143,8 +143,12 @@ def select(groups: Sequence[Group], config: TrainerConfig, max_tokens: int) -> S
     weights = token_weights([sum(t.loss_mask) for t, _ in kept], config.loss_aggregation, max_tokens)
     samples = [Sample(trajectory=t, advantage=a, weight=w) for (t, a), w in zip(kept, weights, strict=True)]
     samples.sort(key=lambda s: (-s.num_tokens, s.trajectory.group_id, s.trajectory.sample_index))
-    return Selection(samples=tuple(samples), num_failed_trajectories=num_failed,
-                     num_equal_groups=num_equal, num_unscored_groups=num_unscored)
+    return Selection(
+        samples=tuple(samples),
+        num_failed_trajectories=num_failed,
+        num_equal_groups=num_equal,
+        num_unscored_groups=num_unscored,
+    )
 
 
 def deal(samples: Sequence[Sample], num_ranks: int) -> list[list[Sample]]:

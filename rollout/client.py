@@ -98,8 +98,15 @@ class RolloutClient:
         if self._limits is None:
             self._limits = self._call("limits")
         request = build_request(
-            prompts, n_samples_per_prompt, sampling, run_seed, group_ids, reward, priority,
-            limits=self._limits, submission=self._num_submitted,
+            prompts,
+            n_samples_per_prompt,
+            sampling,
+            run_seed,
+            group_ids,
+            reward,
+            priority,
+            limits=self._limits,
+            submission=self._num_submitted,
         )
         self._num_submitted += 1
         handle: RolloutHandle = self._call("submit", request, self._client_id)

@@ -63,7 +63,9 @@ class EngineConfig:
     num_shards: int = 2  # data-parallel ranks = Ray actors; experts are split over shards × tensor ranks
     tensor_parallel_size: int = 1  # ranks each shard spreads its attention over
     enable_expert_parallel: bool = True  # split the experts over all ranks instead of slicing each expert
-    all2all_backend: str | None = None  # e.g. deepep_low_latency or deepep_high_throughput on GPUs; None = vLLM's default
+    all2all_backend: str | None = (
+        None  # e.g. deepep_low_latency or deepep_high_throughput on GPUs; None = vLLM's default
+    )
     max_num_seqs: int = 64  # sequences decoded together on one shard
     max_num_batched_tokens: int = 2048  # tokens in one step of one shard; larger = faster prefill, longer steps
     kv_cache_bytes: int | None = None  # KV cache of one shard in bytes; None = from gpu_memory_utilization
@@ -73,13 +75,20 @@ class EngineConfig:
     enable_prefix_caching: bool = True  # members of a group share their prompt's KV
     enforce_eager: bool = True  # no graph capture (always so on CPU)
     omp_threads_bind: str | None = None  # CPU only: core list of each shard, '|' between shards; None = one core each
-    distributed_timeout_s: float = 300.0  # a rank silent for this long in a collective, also while they meet at the start, is taken for dead
+    distributed_timeout_s: float = (
+        300.0  # a rank silent for this long in a collective, also while they meet at the start, is taken for dead
+    )
     start_timeout_s: float = 600.0  # longest wait for all engines to become ready
     vllm: dict[str, Any] = field(default_factory=dict)  # passed verbatim to vLLM's AsyncEngineArgs
 
     def __post_init__(self) -> None:
-        _positive("engine", num_shards=self.num_shards, tensor_parallel_size=self.tensor_parallel_size,
-                  max_num_seqs=self.max_num_seqs, max_num_batched_tokens=self.max_num_batched_tokens)
+        _positive(
+            "engine",
+            num_shards=self.num_shards,
+            tensor_parallel_size=self.tensor_parallel_size,
+            max_num_seqs=self.max_num_seqs,
+            max_num_batched_tokens=self.max_num_batched_tokens,
+        )
 
 
 @dataclass(kw_only=True)
@@ -106,9 +115,13 @@ class SchedulerConfig:
     reward_timeout_s: float = 10.0  # a reward that takes longer fails its trajectory, with the reason
 
     def __post_init__(self) -> None:
-        _positive("scheduler", max_running_per_shard=self.max_running_per_shard,
-                  client_timeout_s=self.client_timeout_s, num_reward_workers=self.num_reward_workers,
-                  reward_timeout_s=self.reward_timeout_s)
+        _positive(
+            "scheduler",
+            max_running_per_shard=self.max_running_per_shard,
+            client_timeout_s=self.client_timeout_s,
+            num_reward_workers=self.num_reward_workers,
+            reward_timeout_s=self.reward_timeout_s,
+        )
         if self.chunk_tokens is not None:
             _positive("scheduler", chunk_tokens=self.chunk_tokens)
 
@@ -139,7 +152,9 @@ class TrainerConfig:
     zero_stage: int = 3  # DeepSpeed ZeRO stage; 3 partitions parameters, gradients and optimizer
     num_steps: int = 20  # optimizer steps of the run
     prompts_per_step: int = 16  # groups trained on in one step
-    over_sampling_batch_size: int | None = None  # groups requested for a step; the excess is aborted; None = prompts_per_step
+    over_sampling_batch_size: int | None = (
+        None  # groups requested for a step; the excess is aborted; None = prompts_per_step
+    )
     lr: float = 2e-4  # AdamW step size
     lr_warmup_steps: int = 0  # linear warm-up
     betas: tuple[float, float] = (0.9, 0.95)  # AdamW
@@ -159,22 +174,39 @@ class TrainerConfig:
     seed: int = 0  # run seed: prompts, rollouts and initial state derive from it
     checkpoint_every: int = 5  # optimizer steps between checkpoints; the last step is always saved
     keep_checkpoints: int = 2  # older ones are deleted
-    gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, about a third more time
+    gradient_checkpointing: bool = (
+        False  # recompute activations in the backward pass: less memory, about a third more time
+    )
     start_timeout_s: float = 600.0  # longest wait for all ranks to have loaded the model
-    distributed_timeout_s: float = 600.0  # a rank silent for this long in a collective, or a step longer than it, is taken for dead
+    distributed_timeout_s: float = (
+        600.0  # a rank silent for this long in a collective, or a step longer than it, is taken for dead
+    )
     deepspeed: dict[str, Any] = field(default_factory=dict)  # merged verbatim into the DeepSpeed configuration
 
     def __post_init__(self) -> None:
-        _positive("trainer", num_ranks=self.num_ranks, num_steps=self.num_steps, lr=self.lr,
-                  prompts_per_step=self.prompts_per_step, micro_batch_tokens=self.micro_batch_tokens,
-                  checkpoint_every=self.checkpoint_every, keep_checkpoints=self.keep_checkpoints,
-                  start_timeout_s=self.start_timeout_s, distributed_timeout_s=self.distributed_timeout_s)
+        _positive(
+            "trainer",
+            num_ranks=self.num_ranks,
+            num_steps=self.num_steps,
+            lr=self.lr,
+            prompts_per_step=self.prompts_per_step,
+            micro_batch_tokens=self.micro_batch_tokens,
+            checkpoint_every=self.checkpoint_every,
+            keep_checkpoints=self.keep_checkpoints,
+            start_timeout_s=self.start_timeout_s,
+            distributed_timeout_s=self.distributed_timeout_s,
+        )
         if (self.kl_coef > 0) != (self.kl_reference is not Reference.NONE):
-            raise InvalidRequest("trainer.kl_coef / kl_reference", f"{self.kl_coef} with {self.kl_reference}",
-                                 "a coefficient > 0 together with a reference, or 0 with none")
+            raise InvalidRequest(
+                "trainer.kl_coef / kl_reference",
+                f"{self.kl_coef} with {self.kl_reference}",
+                "a coefficient > 0 together with a reference, or 0 with none",
+            )
         over = self.over_sampling_batch_size
         if over is not None and over < self.prompts_per_step:
-            raise InvalidRequest("trainer.over_sampling_batch_size", over, f"≥ prompts_per_step = {self.prompts_per_step}")
+            raise InvalidRequest(
+                "trainer.over_sampling_batch_size", over, f"≥ prompts_per_step = {self.prompts_per_step}"
+            )
 
 
 @dataclass(kw_only=True)

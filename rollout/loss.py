@@ -64,9 +64,7 @@ def token_weights(num_tokens: Sequence[int], aggregation: LossAggregation, max_t
     return [1.0 / (num_sequences * max_tokens)] * num_sequences
 
 
-def selected_logprobs(
-    logits_BTV: torch.Tensor, targets_BT: torch.Tensor, temperature: float
-) -> torch.Tensor:
+def selected_logprobs(logits_BTV: torch.Tensor, targets_BT: torch.Tensor, temperature: float) -> torch.Tensor:
     """log softmax(logits / temperature) of the targets, in float32.
 
     This is the distribution the engine samples from when neither top_k nor top_p cut it. With such a
@@ -81,9 +79,7 @@ def selected_logprobs(
     return chosen - torch.logsumexp(scaled, dim=-1)
 
 
-def importance_weights(
-    train_logprobs: torch.Tensor, sampling_logprobs: torch.Tensor, cap: float
-) -> torch.Tensor:
+def importance_weights(train_logprobs: torch.Tensor, sampling_logprobs: torch.Tensor, cap: float) -> torch.Tensor:
     """Truncated importance weight min(exp(train − sampling), cap), without gradient."""
     return torch.exp(train_logprobs.detach() - sampling_logprobs).clamp(max=cap)
 

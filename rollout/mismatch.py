@@ -49,9 +49,7 @@ class Mismatch:
 NO_MISMATCH = Mismatch(num_tokens=0, k3_sum=0.0, abs_sum=0.0, abs_max=0.0)
 
 
-def measure(
-    train_logprobs: torch.Tensor, sampling_logprobs: torch.Tensor, is_trained: torch.Tensor
-) -> Mismatch:
+def measure(train_logprobs: torch.Tensor, sampling_logprobs: torch.Tensor, is_trained: torch.Tensor) -> Mismatch:
     """Compare log-probabilities of the same tokens.
 
     Args:

@@ -99,8 +99,12 @@ def reasoning_gym(prompt: Prompt, token_ids: tuple[int, ...], text: str) -> Scor
     if isinstance(task, Mapping):
         options = task.get("options", ())
         pairs = options.items() if isinstance(options, Mapping) else options
-        task = TaskSpec(name=task["name"], seed=task["seed"], size=task["size"],
-                        options=tuple(sorted((str(k), v) for k, v in pairs)))
+        task = TaskSpec(
+            name=task["name"],
+            seed=task["seed"],
+            size=task["size"],
+            options=tuple(sorted((str(k), v) for k, v in pairs)),
+        )
     verdict = verify(task, int(prompt.metadata["index"]), text)
     return Score(
         reward=verdict.reward,

@@ -285,9 +285,7 @@ class ModelLimits:
             raise InvalidRequest(f"prompt {prompt.prompt_id}", "no tokens", "at least one token")
         bad = next((t for t in ids if not 0 <= t < self.vocab_size), None)
         if bad is not None:
-            raise InvalidRequest(
-                f"prompt {prompt.prompt_id} token id", bad, f"an id in [0, {self.vocab_size})"
-            )
+            raise InvalidRequest(f"prompt {prompt.prompt_id} token id", bad, f"an id in [0, {self.vocab_size})")
         if len(ids) + sampling.max_tokens > self.max_model_len:
             raise InvalidRequest(
                 f"prompt {prompt.prompt_id} length",

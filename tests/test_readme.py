@@ -31,8 +31,11 @@ def test_map_points_at_something(place: str) -> None:
     path, _, name = place.partition(":")
     assert (ROOT / path).exists(), path
     if name:
-        names = {node.name for node in ast.walk(ast.parse((ROOT / path).read_text()))
-                 if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))}
+        names = {
+            node.name
+            for node in ast.walk(ast.parse((ROOT / path).read_text()))
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))
+        }
         assert set(name.split(".")) <= names, name
 
 

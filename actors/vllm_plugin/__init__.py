@@ -29,8 +29,6 @@ def register() -> None:
     from vllm.platforms import current_platform
 
     if WEIGHT_ENGINE not in WeightTransferEngineFactory._registry:
-        WeightTransferEngineFactory.register_engine(
-            WEIGHT_ENGINE, "actors.vllm_plugin.weights", "StagedWeightEngine"
-        )
+        WeightTransferEngineFactory.register_engine(WEIGHT_ENGINE, "actors.vllm_plugin.weights", "StagedWeightEngine")
     if current_platform.is_cpu():
         import actors.vllm_plugin.moe  # noqa: F401  (registers the layer by being imported)

@@ -48,9 +48,7 @@ class ExpertParallelCpuCommunicator(CpuCommunicator):
             return gathered.view(-1, *tensor.shape[1:])
         return torch.cat([gathered[rank, :count] for rank, count in enumerate(rows)])
 
-    def reduce_scatterv(
-        self, input_: torch.Tensor, dim: int = 0, sizes: list[int] | None = None
-    ) -> torch.Tensor:
+    def reduce_scatterv(self, input_: torch.Tensor, dim: int = 0, sizes: list[int] | None = None) -> torch.Tensor:
         """Sum the ranks' tensors and return this rank's rows.
 
         Every rank adds in rank order whatever its place, so the sum does not depend on the rank.

@@ -99,9 +99,7 @@ def keyed_sample(
             logits, temperature = _apply_argmax_invariant(logits, temperature, metadata)
     threshold = None
     if metadata.top_k is not None or metadata.top_p is not None:
-        threshold = truncation_threshold(
-            logits, temperature=temperature, top_k=metadata.top_k, top_p=metadata.top_p
-        )
+        threshold = truncation_threshold(logits, temperature=temperature, top_k=metadata.top_k, top_p=metadata.top_p)
     tokens, chosen_logprobs = gumbel_sample(
         logits, seeds=seeds, positions=positions, temperature=temperature, threshold=threshold
     )

@@ -243,9 +243,7 @@ def truncation_threshold(
         if top_p is not None:
             needs |= top_p < 1
         needs &= ~greedy
-        rows = (
-            torch.arange(len(logits), device=logits.device) if logits.is_cuda else needs.nonzero().squeeze(1)
-        )
+        rows = torch.arange(len(logits), device=logits.device) if logits.is_cuda else needs.nonzero().squeeze(1)
         if len(rows):
             x = logits[rows].float() * inverse[rows, None]
             cut = _sorted_cut(
@@ -343,9 +341,7 @@ def _check_vector(name: str, vector: torch.Tensor, logits: torch.Tensor, *dtypes
 
 
 def _check_temperature(temperature: torch.Tensor) -> None:
-    legal = (temperature == 0) | (
-        (temperature > 0) & (temperature.reciprocal() < math.inf) & (temperature < math.inf)
-    )
+    legal = (temperature == 0) | ((temperature > 0) & (temperature.reciprocal() < math.inf) & (temperature < math.inf))
     _check_range("temperature", temperature, legal, "0 or a finite positive value with a finite reciprocal")
 
 

@@ -21,7 +21,10 @@ def make_group(request: RolloutRequest, place: int) -> Group:
         raise InvalidRequest("run_seed / group_ids", (request.run_seed, group_id), str(error)) from None
     trajectories = [
         Trajectory(
-            group_id=group_id, sample_index=i, seed=seed, prompt_token_ids=tuple(prompt.token_ids),
+            group_id=group_id,
+            sample_index=i,
+            seed=seed,
+            prompt_token_ids=tuple(prompt.token_ids),
             metadata={"prompt": prompt.metadata},
         )
         for i, seed in enumerate(seeds)

@@ -103,8 +103,12 @@ class Scheduler:
             submission.num_pending[group.group_id] = len(group.trajectories)
             for trajectory in group.trajectories:
                 flight = Flight(
-                    flight_id=f"{handle_id}:{trajectory.trajectory_id}", submission=submission, group=group,
-                    trajectory=trajectory, order=self._num_submitted, submitted_at=now,
+                    flight_id=f"{handle_id}:{trajectory.trajectory_id}",
+                    submission=submission,
+                    group=group,
+                    trajectory=trajectory,
+                    order=self._num_submitted,
+                    submitted_at=now,
                 )
                 self._num_submitted += 1
                 submission.flights[flight.flight_id] = self._flights[flight.flight_id] = flight
@@ -276,8 +280,12 @@ class Scheduler:
         load.reserved_tokens += flight.reserved_tokens
         trajectory.metadata.setdefault("queue_s", now - flight.submitted_at)
         return Chunk(
-            trajectory_id=flight.flight_id, token_ids=context, num_prompt_tokens=len(trajectory.prompt_token_ids),
-            max_tokens=budget, seed=trajectory.seed, sampling=sampling,
+            trajectory_id=flight.flight_id,
+            token_ids=context,
+            num_prompt_tokens=len(trajectory.prompt_token_ids),
+            max_tokens=budget,
+            seed=trajectory.seed,
+            sampling=sampling,
         )
 
     def _release(self, flight: Flight) -> None:

@@ -69,7 +69,7 @@ class BucketRef:
 
 
 def torch_dtype(name: str) -> torch.dtype:
-    """"float32" → torch.float32. Raises ValueError for a name torch does not have."""
+    """ "float32" → torch.float32. Raises ValueError for a name torch does not have."""
     dtype = getattr(torch, name, None)
     if not isinstance(dtype, torch.dtype):
         raise ValueError(f"dtype: got {name!r}, expected the name of a torch dtype")

@@ -128,7 +128,9 @@ class Publisher:
         async with self._staging_lock:
             try:
                 self._expect(ref.version)
-                check_against({s.name: self._serving[s.name] for s in ref.tensors if s.name in self._serving}, ref.tensors)
+                check_against(
+                    {s.name: self._serving[s.name] for s in ref.tensors if s.name in self._serving}, ref.tensors
+                )
                 resent = [s.name for s in ref.tensors if s.name not in self._pending]
                 if resent:
                     raise SyncRefused(f"bucket {ref.index} of version {ref.version}: {resent[0]} was staged before")

@@ -44,8 +44,9 @@ def write_bucket(version: int, index: int, tensors: Sequence[tuple[str, torch.Te
         (SHARED_MEMORY / segment).unlink(missing_ok=True)
         raise
     digests = tuple(digest(tensor) for _, tensor in tensors)
-    return BucketRef(version=version, index=index, segment=segment, tensors=specs,
-                     offsets=tuple(offsets), digests=digests)
+    return BucketRef(
+        version=version, index=index, segment=segment, tensors=specs, offsets=tuple(offsets), digests=digests
+    )
 
 
 def read_bucket(ref: BucketRef) -> list[tuple[str, torch.Tensor]]:

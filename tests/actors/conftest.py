@@ -28,8 +28,13 @@ NEAR_TIE = 1e-3  # two candidates closer than this may swap: float32 logits of o
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
     """A local Ray for the whole session."""
-    ray.init(num_cpus=8, include_dashboard=False, namespace="tests", log_to_driver=False,
-             runtime_env={"env_vars": {"PYTHONPATH": str(REPOSITORY)}})
+    ray.init(
+        num_cpus=8,
+        include_dashboard=False,
+        namespace="tests",
+        log_to_driver=False,
+        runtime_env={"env_vars": {"PYTHONPATH": str(REPOSITORY)}},
+    )
     yield
     ray.shutdown()
 
@@ -106,8 +111,10 @@ class Reference:
             positions = torch.arange(len(prompt), len(prompt) + rows)
             seeds = torch.full((rows,), trajectory.seed)
             threshold = truncation_threshold(
-                logits, temperature=temperatures,
-                top_k=torch.full((rows,), top_k or vocabulary), top_p=torch.full((rows,), top_p),
+                logits,
+                temperature=temperatures,
+                top_k=torch.full((rows,), top_k or vocabulary),
+                top_p=torch.full((rows,), top_p),
             )
             scaled = logits / temperature
             noise = gumbel_noise(seeds, positions, vocabulary)
@@ -149,9 +156,7 @@ def reference() -> Reference:
 
 
 @pytest.fixture
-def restored(
-    client: RolloutClient, reference: Reference, tiny_weights: dict[str, torch.Tensor]
-) -> Iterator[None]:
+def restored(client: RolloutClient, reference: Reference, tiny_weights: dict[str, torch.Tensor]) -> Iterator[None]:
     """Puts the original weights back after a test that published others."""
     yield
     reference.load(tiny_weights)

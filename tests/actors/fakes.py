@@ -33,8 +33,14 @@ class FakeShard:
     async def start(self, rendezvous):
         if self.mode == "broken":
             raise EngineDead(f"shard {self.rank} could not start: no memory")
-        return ShardInfo(rank=self.rank, num_experts=8, num_local_experts=4, kv_tokens=1000,
-                         vocab_size=VOCAB_SIZE, max_model_len=MAX_MODEL_LEN)
+        return ShardInfo(
+            rank=self.rank,
+            num_experts=8,
+            num_local_experts=4,
+            kv_tokens=1000,
+            vocab_size=VOCAB_SIZE,
+            max_model_len=MAX_MODEL_LEN,
+        )
 
     async def generate(self, chunk):
         kind = chunk.token_ids[0]
@@ -50,9 +56,12 @@ class FakeShard:
                 num, reason = 1, FinishReason.ABORT
         start = len(chunk.token_ids)
         return ChunkResult(
-            trajectory_id=chunk.trajectory_id, token_ids=tuple(i % VOCAB_SIZE for i in range(start, start + num)),
+            trajectory_id=chunk.trajectory_id,
+            token_ids=tuple(i % VOCAB_SIZE for i in range(start, start + num)),
             logprobs=(-0.5,) * (0 if kind == MALFORMED else num),
-            spans=(VersionSpan(version=self.version, start=0, stop=num),), finish_reason=reason, shard=self.rank,
+            spans=(VersionSpan(version=self.version, start=0, stop=num),),
+            finish_reason=reason,
+            shard=self.rank,
         )
 
     async def abort(self, trajectory_ids):
@@ -83,8 +92,15 @@ class FakeShard:
         self.events.append("resume")
 
     async def stats(self):
-        return ShardStats(rank=self.rank, version=self.version, num_running=len(self.held), num_waiting=0,
-                          kv_usage=0.0, num_tokens_generated=0, num_preemptions=0)
+        return ShardStats(
+            rank=self.rank,
+            version=self.version,
+            num_running=len(self.held),
+            num_waiting=0,
+            kv_usage=0.0,
+            num_tokens_generated=0,
+            num_preemptions=0,
+        )
 
     async def release(self):
         for trajectory_id in list(self.held):

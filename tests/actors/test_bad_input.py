@@ -78,8 +78,13 @@ def test_a_client_that_disconnects_disturbs_nobody(client: RolloutClient, servic
         os.kill(os.getpid(), 9)
         """
     )
-    stranger = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120,
-                              cwd=Path(__file__).resolve().parents[2])
+    stranger = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=Path(__file__).resolve().parents[2],
+    )
     assert "submitted" in stranger.stdout, stranger.stderr[-2000:]
     groups = list(client.groups(client.submit([GOOD] * 3, 2, SHORT, run_seed=0)))
     assert len(groups) == 3 and all(t.status is Status.TRUNCATED for g in groups for t in g.trajectories)
@@ -94,6 +99,9 @@ def test_a_missing_model_directory_is_named(ray_cluster: None, tmp_path: Path) -
     missing = tmp_path / "nowhere"
     with pytest.raises((InvalidRequest, LongrollError), match="nowhere"):
         start_service(
-            model=ModelConfig(path=str(missing)), engine=EngineConfig(), scheduler=SchedulerConfig(),
-            sync=SyncConfig(), cluster=ClusterConfig(namespace="tests-missing"),
+            model=ModelConfig(path=str(missing)),
+            engine=EngineConfig(),
+            scheduler=SchedulerConfig(),
+            sync=SyncConfig(),
+            cluster=ClusterConfig(namespace="tests-missing"),
         )

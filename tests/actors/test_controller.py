@@ -39,9 +39,12 @@ def write_model(path: Path) -> str:
 
 def start(tmp_path, namespace, *, num_shards=2, fake="ok", sync=None, **scheduler):
     return start_service(
-        ModelConfig(path=write_model(tmp_path / "model")), EngineConfig(num_shards=num_shards, vllm={"fake": fake}),
-        SchedulerConfig(**{"num_reward_workers": 1, "reward_timeout_s": 1.0} | scheduler), sync or SyncConfig(),
-        ClusterConfig(namespace=namespace), shard_class=fakes.FakeShard,
+        ModelConfig(path=write_model(tmp_path / "model")),
+        EngineConfig(num_shards=num_shards, vllm={"fake": fake}),
+        SchedulerConfig(**{"num_reward_workers": 1, "reward_timeout_s": 1.0} | scheduler),
+        sync or SyncConfig(),
+        ClusterConfig(namespace=namespace),
+        shard_class=fakes.FakeShard,
     )
 
 
@@ -65,7 +68,10 @@ def wait_until(condition, timeout_s=10.0):
 def test_rollout_returns_groups_in_order_with_rewards(service):
     seen = []
     groups = connect("shared").rollout(
-        [[1, 7], [1, 8], [1, 9]], 2, SAMPLING, reward="tests.actors.fakes:words",
+        [[1, 7], [1, 8], [1, 9]],
+        2,
+        SAMPLING,
+        reward="tests.actors.fakes:words",
         progress=lambda done, total, tokens: seen.append((done, total, tokens)),
     )
     assert [g.prompt.token_ids for g in groups] == [(1, 7), (1, 8), (1, 9)]
@@ -122,10 +128,14 @@ def test_bad_requests_arrive_in_their_own_class_and_lose_nothing_else(service):
     client = service.client
     held = client.submit([[fakes.HOLD]], 1, SAMPLING)
     for prompts, options, match in [
-        ([[]], {}, "at least one token"), ([[1, 50]], {}, r"\[0, 50\)"), ([[1] * 61], {}, "max_model_len = 64"),
-        ([], {}, "at least one prompt"), ([[1]], {"n": 0}, "n_samples_per_prompt"),
+        ([[]], {}, "at least one token"),
+        ([[1, 50]], {}, r"\[0, 50\)"),
+        ([[1] * 61], {}, "max_model_len = 64"),
+        ([], {}, "at least one prompt"),
+        ([[1]], {"n": 0}, "n_samples_per_prompt"),
         ([[1]], {"reward": "unknown"}, "one of none, reasoning_gym"),
-        ([[1]], {"reward": "tests.actors.fakes:missing"}, "missing"), ([[1]], {"run_seed": -1}, "run_seed"),
+        ([[1]], {"reward": "tests.actors.fakes:missing"}, "missing"),
+        ([[1]], {"run_seed": -1}, "run_seed"),
     ]:
         options = dict(options)
         with pytest.raises(InvalidRequest, match=match) as info:
@@ -173,7 +183,8 @@ def test_publication_closes_the_gate_and_restarts_aborted_chunks(tmp_path):
 
 def check_refusals(client):
     for version, weights, match in [
-        (7, WEIGHTS, "above the live version 7"), (8, {"a": WEIGHTS["a"]}, "b: missing"),
+        (7, WEIGHTS, "above the live version 7"),
+        (8, {"a": WEIGHTS["a"]}, "b: missing"),
         (8, WEIGHTS | {"a": torch.ones(5)}, r"got shape \(5,\)"),
         (8, WEIGHTS | {"c": torch.ones(1)}, "c: not a tensor of the model"),
     ]:
@@ -222,9 +233,18 @@ def test_start_failures_stop_everything(tmp_path, service):
     with pytest.raises(LongrollError, match="running already"):
         start(tmp_path / "b", "shared")
     with pytest.raises(InvalidRequest, match=r"model\.path"):
-        start_service(ModelConfig(path=str(tmp_path / "none")), EngineConfig(), SchedulerConfig(), SyncConfig(),
-                      ClusterConfig(namespace="none"))
+        start_service(
+            ModelConfig(path=str(tmp_path / "none")),
+            EngineConfig(),
+            SchedulerConfig(),
+            SyncConfig(),
+            ClusterConfig(namespace="none"),
+        )
     with pytest.raises(LongrollError, match="expected 8 nodes with at least 8 GPUs"):
-        start_service(ModelConfig(path=write_model(tmp_path / "gpu")), EngineConfig(num_shards=64),
-                      SchedulerConfig(), SyncConfig(),
-                      ClusterConfig(namespace="gpu", num_nodes=8, num_gpus_per_node=8))
+        start_service(
+            ModelConfig(path=write_model(tmp_path / "gpu")),
+            EngineConfig(num_shards=64),
+            SchedulerConfig(),
+            SyncConfig(),
+            ClusterConfig(namespace="gpu", num_nodes=8, num_gpus_per_node=8),
+        )

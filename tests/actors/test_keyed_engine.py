@@ -20,10 +20,16 @@ def prompts(count: int) -> list[tuple[int, ...]]:
     return [tuple(draw.randrange(3, 500) for _ in range(draw.randrange(3, 60))) for _ in range(count)]
 
 
-def chunk(place: int, prompt: tuple[int, ...], sampling: SamplingParams, done: tuple[int, ...] = (), budget: int | None = None) -> Chunk:
+def chunk(
+    place: int, prompt: tuple[int, ...], sampling: SamplingParams, done: tuple[int, ...] = (), budget: int | None = None
+) -> Chunk:
     return Chunk(
-        trajectory_id=f"keyed/{place}", token_ids=prompt + done, num_prompt_tokens=len(prompt),
-        max_tokens=budget or sampling.max_tokens - len(done), seed=1000 + place, sampling=sampling,
+        trajectory_id=f"keyed/{place}",
+        token_ids=prompt + done,
+        num_prompt_tokens=len(prompt),
+        max_tokens=budget or sampling.max_tokens - len(done),
+        seed=1000 + place,
+        sampling=sampling,
     )
 
 
@@ -32,7 +38,9 @@ def run(service: Service, chunks: list[tuple[int, Chunk]]) -> list[ChunkResult]:
     return ray.get([service.shards[shard].generate.remote(c) for shard, c in chunks])
 
 
-def check_same(reference, sampling: SamplingParams, a: ChunkResult, b: ChunkResult, prompt: tuple[int, ...], place: int) -> int:
+def check_same(
+    reference, sampling: SamplingParams, a: ChunkResult, b: ChunkResult, prompt: tuple[int, ...], place: int
+) -> int:
     """Assert that two results agree, or first differ at a near tie. Returns 1 if they differ."""
     if a.token_ids == b.token_ids:
         return 0
@@ -60,9 +68,7 @@ def test_tokens_do_not_depend_on_batch_cut_or_shard(service: Service, reference,
     batch = prompts(32)
     together = run(service, [(i % 2, chunk(i, p, sampling)) for i, p in enumerate(batch)])
     reversed_order = run(service, [((i + 1) % 2, chunk(i, batch[i], sampling)) for i in reversed(range(32))])[::-1]
-    differing = sum(
-        check_same(reference, sampling, together[i], reversed_order[i], p, i) for i, p in enumerate(batch)
-    )
+    differing = sum(check_same(reference, sampling, together[i], reversed_order[i], p, i) for i, p in enumerate(batch))
     for i in (0, 7):  # alone, on either shard
         for shard in (0, 1):
             alone = run(service, [(shard, chunk(i, batch[i], sampling))])[0]
@@ -75,8 +81,12 @@ def test_tokens_do_not_depend_on_batch_cut_or_shard(service: Service, reference,
         )
         for i, new in enumerate(pieces):
             cut[i] = ChunkResult(
-                trajectory_id="", token_ids=cut[i].token_ids + new.token_ids, logprobs=(), spans=(),
-                finish_reason="length", shard=0,
+                trajectory_id="",
+                token_ids=cut[i].token_ids + new.token_ids,
+                logprobs=(),
+                spans=(),
+                finish_reason="length",
+                shard=0,
             )
     differing += sum(check_same(reference, sampling, together[i], cut[i], batch[i], i) for i in range(8))
     assert differing <= 2, f"{differing} of 44 comparisons met a near tie; that many is not chance"

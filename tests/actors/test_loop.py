@@ -24,8 +24,13 @@ NEAR_TIE = 1e-3
 @pytest.fixture(scope="module")
 def trainers(service: Service, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TrainerGroup]:
     group = TrainerGroup.start(
-        ModelConfig(path=str(TINY)), TrainerConfig(num_ranks=2, lr=1e-3), SamplingConfig(), SyncConfig(bucket_bytes=2**20),
-        ClusterConfig(namespace="tests"), tmp_path_factory.mktemp("loop"), service.controller,
+        ModelConfig(path=str(TINY)),
+        TrainerConfig(num_ranks=2, lr=1e-3),
+        SamplingConfig(),
+        SyncConfig(bucket_bytes=2**20),
+        ClusterConfig(namespace="tests"),
+        tmp_path_factory.mktemp("loop"),
+        service.controller,
     )
     yield group
     group.stop()
@@ -35,11 +40,18 @@ def task_prompts(start: int, count: int) -> list[Prompt]:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(TINY)
-    task = make_task("chain_sum", seed=TRAIN_SEED, size=start + count,
-                     options={"min_terms": 2, "max_terms": 6, "min_digits": 1, "max_digits": 1})
+    task = make_task(
+        "chain_sum",
+        seed=TRAIN_SEED,
+        size=start + count,
+        options={"min_terms": 2, "max_terms": 6, "min_digits": 1, "max_digits": 1},
+    )
     return [
-        Prompt(token_ids=tuple(render(task.problem(i), tokenizer)), prompt_id=task.problem(i).key,
-               metadata={"task": task.spec, "index": i})
+        Prompt(
+            token_ids=tuple(render(task.problem(i), tokenizer)),
+            prompt_id=task.problem(i).key,
+            metadata={"task": task.spec, "index": i},
+        )
         for i in range(start, start + count)
     ]
 
@@ -53,7 +65,11 @@ def test_after_each_sync_every_shard_continues_as_the_trainer_does(
     seen = set()
     for step in range(2):
         groups = client.rollout(
-            task_prompts(8 * step, 8), 8, SamplingParams(max_tokens=96), run_seed=1, reward="reasoning_gym",
+            task_prompts(8 * step, 8),
+            8,
+            SamplingParams(max_tokens=96),
+            run_seed=1,
+            reward="reasoning_gym",
             group_ids=[f"step{step}/{i}" for i in range(8)],
         )
         assert all(t.status in (Status.COMPLETED, Status.TRUNCATED) for g in groups for t in g.trajectories)
@@ -68,22 +84,36 @@ def test_after_each_sync_every_shard_continues_as_the_trainer_does(
         seen.add(tuple(c.token_ids for c in expected))
         sampling = SamplingParams(max_tokens=NUM_GREEDY, temperature=0.0, ignore_eos=True)
         for shard in service.shards:
-            results = ray.get([
-                shard.generate.remote(Chunk(trajectory_id=f"probe/{i}", token_ids=p, num_prompt_tokens=len(p),
-                                            max_tokens=NUM_GREEDY, seed=0, sampling=sampling))
-                for i, p in enumerate(probes)
-            ])
+            results = ray.get(
+                [
+                    shard.generate.remote(
+                        Chunk(
+                            trajectory_id=f"probe/{i}",
+                            token_ids=p,
+                            num_prompt_tokens=len(p),
+                            max_tokens=NUM_GREEDY,
+                            seed=0,
+                            sampling=sampling,
+                        )
+                    )
+                    for i, p in enumerate(probes)
+                ]
+            )
             for result, continuation in zip(results, expected, strict=True):
-                first = next((i for i, (a, b) in enumerate(
-                    zip(result.token_ids, continuation.token_ids, strict=True)) if a != b), None)
+                first = next(
+                    (
+                        i
+                        for i, (a, b) in enumerate(zip(result.token_ids, continuation.token_ids, strict=True))
+                        if a != b
+                    ),
+                    None,
+                )
                 assert first is None or continuation.gaps[first] < NEAR_TIE, (
                     f"shard {result.shard} leaves the trainer at token {first}, gap {continuation.gaps[first]}"
                 )
 
 
-def test_a_failed_reward_is_left_out_of_the_step_and_counted(
-    client: RolloutClient, trainers: TrainerGroup
-) -> None:
+def test_a_failed_reward_is_left_out_of_the_step_and_counted(client: RolloutClient, trainers: TrainerGroup) -> None:
     prompts = task_prompts(40, 4)
     prompts[0] = dataclasses.replace(prompts[0], metadata={"task": "no such task", "index": 0})
     groups = client.rollout(prompts, 4, SamplingParams(max_tokens=64), run_seed=2, reward="reasoning_gym")

@@ -51,8 +51,9 @@ class Collector:
             self.tensors[name] = tensor.clone()
 
     def commit_publish(self, version: int) -> SyncReport:
-        check_against({spec.name: spec for spec in self.specs},
-                      [spec for spec in self.specs if spec.name in self.tensors])
+        check_against(
+            {spec.name: spec for spec in self.specs}, [spec for spec in self.specs if spec.name in self.tensors]
+        )
         self.calls.append("commit")
         return SyncReport(version=version, num_tensors=len(self.tensors), num_bytes=0, stage_s=0.0, stall_s=0.0)
 
@@ -71,9 +72,20 @@ def model_dir(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("model")
     torch.manual_seed(0)
     config = Qwen3MoeConfig(
-        vocab_size=128, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
-        head_dim=16, intermediate_size=64, moe_intermediate_size=24, num_experts=8, num_experts_per_tok=2,
-        norm_topk_prob=True, max_position_embeddings=256, tie_word_embeddings=False, initializer_range=0.2,
+        vocab_size=128,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        intermediate_size=64,
+        moe_intermediate_size=24,
+        num_experts=8,
+        num_experts_per_tok=2,
+        norm_topk_prob=True,
+        max_position_embeddings=256,
+        tie_word_embeddings=False,
+        initializer_range=0.2,
     )
     Qwen3MoeForCausalLM(config).save_pretrained(path)
     return path
@@ -81,15 +93,24 @@ def model_dir(tmp_path_factory) -> Path:
 
 def trainer_config() -> TrainerConfig:
     return TrainerConfig(
-        num_ranks=2, lr=1e-2, micro_batch_tokens=96, loss_aggregation=LossAggregation.SEQUENCE_MEAN,
-        distributed_timeout_s=60, deepspeed={"optimizer": {"params": {"eps": ADAM_EPSILON}}},
+        num_ranks=2,
+        lr=1e-2,
+        micro_batch_tokens=96,
+        loss_aggregation=LossAggregation.SEQUENCE_MEAN,
+        distributed_timeout_s=60,
+        deepspeed={"optimizer": {"params": {"eps": ADAM_EPSILON}}},
     )
 
 
 def start_group(model_dir: Path, run_dir: Path, controller) -> TrainerGroup:
     return TrainerGroup.start(
-        ModelConfig(path=str(model_dir)), trainer_config(), SamplingConfig(temperature=TEMPERATURE),
-        SyncConfig(bucket_bytes=BUCKET_BYTES, timeout_s=20), ClusterConfig(), run_dir, controller,
+        ModelConfig(path=str(model_dir)),
+        trainer_config(),
+        SamplingConfig(temperature=TEMPERATURE),
+        SyncConfig(bucket_bytes=BUCKET_BYTES, timeout_s=20),
+        ClusterConfig(),
+        run_dir,
+        controller,
     )
 
 
@@ -126,8 +147,9 @@ def make_groups(seed: int, num_groups: int = 5, size: int = 4, rewards=None) -> 
             t.move_to(Status.COMPLETED)
             t.reward = rng.random() if rewards is None else rewards
             members.append(t)
-        groups.append(Group(group_id=f"g{seed}-{g}", prompt=Prompt(token_ids=prompt, prompt_id=str(g)),
-                            trajectories=members))
+        groups.append(
+            Group(group_id=f"g{seed}-{g}", prompt=Prompt(token_ids=prompt, prompt_id=str(g)), trajectories=members)
+        )
     if rewards is None:
         groups[0].trajectories[1].fail("reward raised")
     return groups
@@ -158,14 +180,16 @@ def test_step_over_ranks_and_micro_batches_equals_one_plain_torch_step(group, co
             logprobs = selected_logprobs(model(ids).logits[:, :-1], ids[:, 1:], TEMPERATURE)[0]
             trajectory.logprobs = logprobs[len(trajectory.prompt_token_ids) - 1 :].tolist()
 
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=config.betas, weight_decay=0.0,
-                                  eps=ADAM_EPSILON)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=config.lr, betas=config.betas, weight_decay=0.0, eps=ADAM_EPSILON
+    )
     batch = pad(select(groups, config, SamplingConfig().max_tokens).samples)
     logits = model(batch.input_ids).logits[:, batch.first_target - 1 : -1]
     logprobs = selected_logprobs(logits, batch.targets, TEMPERATURE)
     tis = importance_weights(logprobs, batch.sampling_logprobs, config.tis_cap)
-    loss = policy_loss(logprobs, logprobs, batch.advantages, batch.weights, clip_low=0.2, clip_high=0.28,
-                       tis_weights=tis).loss
+    loss = policy_loss(
+        logprobs, logprobs, batch.advantages, batch.weights, clip_low=0.2, clip_high=0.28, tis_weights=tis
+    ).loss
     loss.backward()
     grad_norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm))
     optimizer.step()

@@ -34,8 +34,14 @@ def perturbed(weights: dict[str, torch.Tensor], seed: int) -> dict[str, torch.Te
 
 def chunk(name: str, prompt: tuple[int, ...], num_tokens: int, temperature: float = 0.0, seed: int = 1) -> Chunk:
     sampling = SamplingParams(max_tokens=num_tokens, temperature=temperature, ignore_eos=True)
-    return Chunk(trajectory_id=name, token_ids=prompt, num_prompt_tokens=len(prompt), max_tokens=num_tokens,
-                 seed=seed, sampling=sampling)
+    return Chunk(
+        trajectory_id=name,
+        token_ids=prompt,
+        num_prompt_tokens=len(prompt),
+        max_tokens=num_tokens,
+        seed=seed,
+        sampling=sampling,
+    )
 
 
 def assert_every_shard_serves(service: Service, reference) -> None:
@@ -91,7 +97,9 @@ def test_a_corrupted_bucket_is_refused_and_the_old_version_serves_on(
     assert_every_shard_serves(service, reference)
 
 
-def test_wrong_names_shapes_and_versions_are_refused(client: RolloutClient, service: Service, reference, tiny_weights) -> None:
+def test_wrong_names_shapes_and_versions_are_refused(
+    client: RolloutClient, service: Service, reference, tiny_weights
+) -> None:
     live = client.stats().live_version
     name = next(iter(tiny_weights))
     wrong_shape = {**tiny_weights, name: tiny_weights[name][:-1]}
@@ -148,8 +156,9 @@ async def _publish_directly(service: Service, live: int, weights: dict[str, torc
             return call
 
     specs = [spec_of(n, w) for n, w in weights.items()]
-    publisher = Publisher([Direct(s) for s in service.shards], {s.name: s for s in specs},
-                          SyncConfig(in_flight=policy), live_version=live)
+    publisher = Publisher(
+        [Direct(s) for s in service.shards], {s.name: s for s in specs}, SyncConfig(in_flight=policy), live_version=live
+    )
     await publisher.begin(live + 1, specs)
     for index, bucket in enumerate(plan_buckets(specs, 2**21)):
         ref = write_bucket(live + 1, index, [(s.name, weights[s.name]) for s in bucket])
@@ -164,8 +173,14 @@ def _assert_spans_are_where_the_weights_changed(results, reference, weights) -> 
 
     for place, result in enumerate(results[:3]):
         boundary = result.spans[1].start
-        trajectory = Trajectory(group_id="run", sample_index=place, seed=place, prompt_token_ids=PROBES[place % 6],
-                                token_ids=list(result.token_ids), logprobs=list(result.logprobs))
+        trajectory = Trajectory(
+            group_id="run",
+            sample_index=place,
+            seed=place,
+            prompt_token_ids=PROBES[place % 6],
+            token_ids=list(result.token_ids),
+            logprobs=list(result.logprobs),
+        )
         recorded = torch.tensor(result.logprobs)
         old = (reference.logprobs(trajectory) - recorded).abs()
         reference.load(weights)

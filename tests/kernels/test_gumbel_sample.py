@@ -69,9 +69,7 @@ def draw(logits: torch.Tensor, num_draws: int, temperature: float, **cuts: torch
     return tokens.bincount(minlength=logits.shape[1])
 
 
-def random_batch(
-    num_rows: int, vocab_size: int, seed: int = 0
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def random_batch(num_rows: int, vocab_size: int, seed: int = 0) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     generator = torch.Generator().manual_seed(seed)
     logits = 3 * torch.randn(num_rows, vocab_size, generator=generator)
     return logits, {
@@ -153,9 +151,7 @@ def test_tokens_follow_the_truncated_softmax(temperature: float, cut: str) -> No
 def test_a_row_is_independent_of_the_batch(vocab_size: int) -> None:
     logits, arguments = random_batch(16, vocab_size)
     arguments["temperature"][5] = 0.0
-    threshold = truncation_threshold(
-        logits, temperature=arguments["temperature"], top_p=torch.full((16,), 0.95)
-    )
+    threshold = truncation_threshold(logits, temperature=arguments["temperature"], top_p=torch.full((16,), 0.95))
     tokens, logprobs = gumbel_sample(logits, threshold=threshold, **arguments)
     order = torch.randperm(16, generator=torch.Generator().manual_seed(1))
     for rows in [order, torch.arange(7), *torch.arange(16).split(1)]:
@@ -232,9 +228,7 @@ def sorted_definition(x: list[float], k: int, p: float, min_p: float) -> float:
     st.sampled_from([0.0, 0.0137, 0.31]),
 )
 @settings(deadline=None, max_examples=300)
-def test_threshold_keeps_what_the_sorted_definition_keeps(
-    quarters: list[int], k: int, p: float, min_p: float
-) -> None:
+def test_threshold_keeps_what_the_sorted_definition_keeps(quarters: list[int], k: int, p: float, min_p: float) -> None:
     logits = torch.tensor([quarters]) / 4
     threshold = truncation_threshold(
         logits,
@@ -302,9 +296,7 @@ def test_illegal_arguments_are_refused_by_name(name: str, value: object) -> None
 
 
 def test_no_rows_give_no_tokens() -> None:
-    tokens, logprobs = gumbel_sample(
-        torch.zeros(0, 8), **{k: v[:0] for k, v in random_batch(1, 8)[1].items()}
-    )
+    tokens, logprobs = gumbel_sample(torch.zeros(0, 8), **{k: v[:0] for k, v in random_batch(1, 8)[1].items()})
     assert tokens.shape == logprobs.shape == (0,)
 
 

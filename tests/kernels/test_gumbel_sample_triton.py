@@ -67,9 +67,7 @@ def random_batch(num_rows: int, vocab_size: int, dtype: torch.dtype, seed: int) 
     return logits, arguments
 
 
-def assert_agrees(
-    logits: torch.Tensor, arguments: dict, threshold: torch.Tensor | None, lane: int = 0
-) -> None:
+def assert_agrees(logits: torch.Tensor, arguments: dict, threshold: torch.Tensor | None, lane: int = 0) -> None:
     """Run both on CPU tensors and compare.
 
     Tokens: noise = -log(-log u) is -log of a float32 with relative error <= 4 * 2**-23 (numpy's, the
@@ -114,9 +112,7 @@ def assert_agrees(
         ),
     ],
 )
-@pytest.mark.filterwarnings(
-    "ignore:overflow encountered:RuntimeWarning"
-)  # numpy scalars; arrays wrap silently
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # numpy scalars; arrays wrap silently
 def test_philox_known_answers(counter: list[int], key: list[int], expected: list[int]) -> None:
     output = torch.zeros(4, dtype=torch.int64, device=DEVICE)
     philox_kernel[(1,)](torch.tensor(counter, device=DEVICE), torch.tensor(key, device=DEVICE), output)
@@ -128,9 +124,7 @@ def test_philox_known_answers(counter: list[int], key: list[int], expected: list
 def test_agrees_at_tile_edges(vocab_size: int, dtype: torch.dtype) -> None:
     logits, arguments = random_batch(4, vocab_size, dtype, seed=vocab_size)
     arguments["temperature"][2] = 0.0
-    threshold = truncation_threshold(
-        logits, temperature=arguments["temperature"], top_p=torch.full((4,), 0.9)
-    )
+    threshold = truncation_threshold(logits, temperature=arguments["temperature"], top_p=torch.full((4,), 0.9))
     assert_agrees(logits, arguments, None)
     assert_agrees(logits, arguments, threshold, lane=2**32 - 1)
 

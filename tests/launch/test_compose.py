@@ -31,10 +31,17 @@ def test_every_group_has_files() -> None:
 
 
 def test_overrides_reach_their_fields() -> None:
-    config = compose([
-        "experiment=tiny_grpo", "trainer.lr=1e-4", "sync.in_flight=abort", "engine.vllm.seed=7",
-        "engine.vllm.compilation_config.mode=0", "workload.task_options={max_terms: 4}", "engine.kv_cache_bytes=null",
-    ])
+    config = compose(
+        [
+            "experiment=tiny_grpo",
+            "trainer.lr=1e-4",
+            "sync.in_flight=abort",
+            "engine.vllm.seed=7",
+            "engine.vllm.compilation_config.mode=0",
+            "workload.task_options={max_terms: 4}",
+            "engine.kv_cache_bytes=null",
+        ]
+    )
     assert config.trainer.lr == 1e-4
     assert config.sync.in_flight is InFlight.ABORT
     assert config.engine.vllm == {"seed": 7, "compilation_config": {"mode": 0}}
@@ -43,30 +50,33 @@ def test_overrides_reach_their_fields() -> None:
     assert isinstance(config.trainer.betas, tuple)
 
 
-@pytest.mark.parametrize(("override", "said"), [
-    ("trainer.lrr=1", "trainer.lr"),
-    ("lr=1", "trainer.lr"),
-    ("+sync.nonsense=1", "sync.nonsense"),
-    ("experiment=tiny", "tiny_grpo"),
-    ("trainer.lr=fast", "trainer.lr"),
-    ("sync.in_flight=sometimes", "WAIT"),
-    ("trainer.num_steps=0", "trainer.num_steps"),
-    ("sampling.temperature=nan", "temperature"),
-    ("sampling.n_samples_per_prompt=0", "n_samples_per_prompt"),
-    ("sampling.max_tokens=2048", "max_model_len"),
-    ("engine.all2all_backend=deepep_low_latency", "GPUs"),
-    ("engine.kv_cache_dtype=fp8", "auto"),
-    ("engine.enforce_eager=false", "graphs"),
-    ("engine.gpu_memory_utilization=0.5", "no effect"),
-    ("engine.omp_threads_bind=0", "2 core lists"),
-    ("sync.transport=nccl", "shared_memory"),
-    ("sync.partial_rollout=false", "no effect"),
-    ("sync.recompute_kv=false", "prefix"),
-    ("scheduler.chunk_tokens=512", "never cuts"),
-    ("trainer.kl_coef=0.1", "reference"),
-    ("workload.reward=none", "reward"),
-    ("cluster.placement_strategy=ANY", "PACK"),
-])
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("trainer.lrr=1", "trainer.lr"),
+        ("lr=1", "trainer.lr"),
+        ("+sync.nonsense=1", "sync.nonsense"),
+        ("experiment=tiny", "tiny_grpo"),
+        ("trainer.lr=fast", "trainer.lr"),
+        ("sync.in_flight=sometimes", "WAIT"),
+        ("trainer.num_steps=0", "trainer.num_steps"),
+        ("sampling.temperature=nan", "temperature"),
+        ("sampling.n_samples_per_prompt=0", "n_samples_per_prompt"),
+        ("sampling.max_tokens=2048", "max_model_len"),
+        ("engine.all2all_backend=deepep_low_latency", "GPUs"),
+        ("engine.kv_cache_dtype=fp8", "auto"),
+        ("engine.enforce_eager=false", "graphs"),
+        ("engine.gpu_memory_utilization=0.5", "no effect"),
+        ("engine.omp_threads_bind=0", "2 core lists"),
+        ("sync.transport=nccl", "shared_memory"),
+        ("sync.partial_rollout=false", "no effect"),
+        ("sync.recompute_kv=false", "prefix"),
+        ("scheduler.chunk_tokens=512", "never cuts"),
+        ("trainer.kl_coef=0.1", "reference"),
+        ("workload.reward=none", "reward"),
+        ("cluster.placement_strategy=ANY", "PACK"),
+    ],
+)
 def test_a_mistake_is_named(override: str, said: str) -> None:
     with pytest.raises(InvalidRequest, match=said):
         compose([override])
@@ -104,8 +114,14 @@ def test_large_experiments_build_vllm_arguments(experiment: str) -> None:
     config = compose([f"experiment={experiment}"])
     config.model.path = str(Path(__file__).parent.parent / "data" / "qwen3_235b")
     for rank in (0, 63):
-        arguments = engine_args(config.model, config.engine, config.sync, rank=rank,
-                                rendezvous=Rendezvous(host="127.0.0.1", rpc_port=12345), on_gpu=True)
+        arguments = engine_args(
+            config.model,
+            config.engine,
+            config.sync,
+            rank=rank,
+            rendezvous=Rendezvous(host="127.0.0.1", rpc_port=12345),
+            on_gpu=True,
+        )
         assert arguments.data_parallel_size == 64
         assert arguments.data_parallel_rank == rank
         assert arguments.enable_expert_parallel

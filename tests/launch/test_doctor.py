@@ -34,8 +34,22 @@ def test_compiler_missing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_quick_checks_are_right_here() -> None:
-    checks = [c for c in doctor.CHECKS if c[0] in ("Python", "torch", "torchvision", "triton", "package name `kernels`",
-                                                  "C++ compiler", "/dev/shm", "model directory", "vLLM plug-ins")]
+    checks = [
+        c
+        for c in doctor.CHECKS
+        if c[0]
+        in (
+            "Python",
+            "torch",
+            "torchvision",
+            "triton",
+            "package name `kernels`",
+            "C++ compiler",
+            "/dev/shm",
+            "model directory",
+            "vLLM plug-ins",
+        )
+    ]
     wrong = [f for f in doctor.examine(checks) if f.verdict is Verdict.WRONG]
     assert not wrong
     Console(file=None, quiet=True).print(doctor.table(wrong))

@@ -18,16 +18,43 @@ from rollout.fleet import ShardInfo
 from rollout.types import Group, Prompt, Status, Trajectory
 
 RECORD = StepRecord(
-    step=1, version=0, reward_mean=0.4, reward_std=0.5, exact_rate=0.4, length_mean=100.0, length_p95=180.0,
-    length_max=200, truncated_rate=0.0, num_trajectories=8, num_failed=1, num_tokens=800, num_groups_filtered=1,
-    staleness_max=0, rollout_s=2.0, train_s=1.0, sync_s=0.5, save_s=0.0, stall_s=0.1, mismatch_kl=1e-6, loss=0.1,
-    grad_norm=1.0, clip_fraction=0.0, entropy=0.5, lr=1e-4, is_skipped=False,
+    step=1,
+    version=0,
+    reward_mean=0.4,
+    reward_std=0.5,
+    exact_rate=0.4,
+    length_mean=100.0,
+    length_p95=180.0,
+    length_max=200,
+    truncated_rate=0.0,
+    num_trajectories=8,
+    num_failed=1,
+    num_tokens=800,
+    num_groups_filtered=1,
+    staleness_max=0,
+    rollout_s=2.0,
+    train_s=1.0,
+    sync_s=0.5,
+    save_s=0.0,
+    stall_s=0.1,
+    mismatch_kl=1e-6,
+    loss=0.1,
+    grad_norm=1.0,
+    clip_fraction=0.0,
+    entropy=0.5,
+    lr=1e-4,
+    is_skipped=False,
 )
 
 
 def evaluation(rewards: list[float | None]) -> Evaluation:
-    return Evaluation(rewards=tuple(rewards), exact=tuple(None if r is None else r == 1 for r in rewards),
-                      lengths=(10,) * len(rewards), version=0, duration_s=1.0)
+    return Evaluation(
+        rewards=tuple(rewards),
+        exact=tuple(None if r is None else r == 1 for r in rewards),
+        lengths=(10,) * len(rewards),
+        version=0,
+        duration_s=1.0,
+    )
 
 
 def test_history_forgets_steps_after_the_checkpoint(tmp_path: Path) -> None:
@@ -48,8 +75,15 @@ def test_history_forgets_steps_after_the_checkpoint(tmp_path: Path) -> None:
 
 def test_evaluation_counts_failures_apart(tmp_path: Path) -> None:
     def group(index: int, reward: float | None) -> Group:
-        sample = Trajectory(group_id=f"eval/{index}", sample_index=0, seed=1, prompt_token_ids=(1,), token_ids=[1, 2],
-                            status=Status.COMPLETED, reward=reward)
+        sample = Trajectory(
+            group_id=f"eval/{index}",
+            sample_index=0,
+            seed=1,
+            prompt_token_ids=(1,),
+            token_ids=[1, 2],
+            status=Status.COMPLETED,
+            reward=reward,
+        )
         if reward is None:
             sample.fail("scorer raised")
         return Group(group_id=sample.group_id, prompt=Prompt(token_ids=(1,), prompt_id="p"), trajectories=[sample])
@@ -72,11 +106,19 @@ def test_paired_test_against_the_binomial() -> None:
 
 
 def test_summary_holds_the_promised_keys(tmp_path: Path) -> None:
-    shards = tuple(ShardInfo(rank=r, num_experts=8, num_local_experts=4, kv_tokens=1, vocab_size=1, max_model_len=1)
-                   for r in range(2))
-    summary = summarise(before=evaluation([0.0, 1.0]), after=evaluation([1.0, None]),
-                        steps=[RECORD, replace(RECORD, step=2, mismatch_kl=0.0, is_skipped=True)],
-                        shards=shards, num_trainer_ranks=2, start_s=3.0, total_s=20.0)
+    shards = tuple(
+        ShardInfo(rank=r, num_experts=8, num_local_experts=4, kv_tokens=1, vocab_size=1, max_model_len=1)
+        for r in range(2)
+    )
+    summary = summarise(
+        before=evaluation([0.0, 1.0]),
+        after=evaluation([1.0, None]),
+        steps=[RECORD, replace(RECORD, step=2, mismatch_kl=0.0, is_skipped=True)],
+        shards=shards,
+        num_trainer_ranks=2,
+        start_s=3.0,
+        total_s=20.0,
+    )
     summary.save(tmp_path / "summary.json")
     got = json.loads((tmp_path / "summary.json").read_text())
     assert got["eval_reward_before"] == 0.5 and got["eval_reward_after"] == 1.0 and got["gain"] == 0.5
@@ -100,9 +142,21 @@ def test_every_wandb_key_has_an_axis() -> None:
     areas = {area for group in AREAS.values() for area in group}
     row = wandb_row(RECORD)
     assert {key.split("/")[0] for key in row} <= areas
-    promised = {"rollout/reward_mean", "rollout/response_length_mean", "rollout/truncated_rate", "perf/tokens_per_s",
-                "perf/longest_sample_tokens_per_s", "async/staleness_max", "mismatch_kl/all", "sync/stall_ms",
-                "timing_s/rollout", "timing_s/train", "timing_s/sync", "rollout/step", "train/step"}
+    promised = {
+        "rollout/reward_mean",
+        "rollout/response_length_mean",
+        "rollout/truncated_rate",
+        "perf/tokens_per_s",
+        "perf/longest_sample_tokens_per_s",
+        "async/staleness_max",
+        "mismatch_kl/all",
+        "sync/stall_ms",
+        "timing_s/rollout",
+        "timing_s/train",
+        "timing_s/sync",
+        "rollout/step",
+        "train/step",
+    }
     assert promised <= set(row)
 
 

@@ -24,8 +24,11 @@ def trajectory(group_id: str, index: int, reward: float | None, prompt=(7, 8), l
 
 
 def group(group_id: str, rewards: list[float | None], **kwargs) -> Group:
-    return Group(group_id=group_id, prompt=Prompt(token_ids=(7, 8), prompt_id=group_id),
-                 trajectories=[trajectory(group_id, i, r, **kwargs) for i, r in enumerate(rewards)])
+    return Group(
+        group_id=group_id,
+        prompt=Prompt(token_ids=(7, 8), prompt_id=group_id),
+        trajectories=[trajectory(group_id, i, r, **kwargs) for i, r in enumerate(rewards)],
+    )
 
 
 def test_equal_groups_are_filtered_and_counted():
@@ -72,8 +75,14 @@ def test_bad_groups_are_refused():
 
 def test_rows_line_up_with_their_targets():
     groups = [
-        Group(group_id="a", prompt=Prompt(token_ids=(7, 8), prompt_id="a"), trajectories=[
-            trajectory("a", 0, 1.0, prompt=(7, 8), length=4), trajectory("a", 1, 0.0, prompt=(7, 8), length=1)]),
+        Group(
+            group_id="a",
+            prompt=Prompt(token_ids=(7, 8), prompt_id="a"),
+            trajectories=[
+                trajectory("a", 0, 1.0, prompt=(7, 8), length=4),
+                trajectory("a", 1, 0.0, prompt=(7, 8), length=1),
+            ],
+        ),
         group("b", [1.0, 0.0], prompt=(1, 2, 3, 4), length=2),
     ]
     groups[0].trajectories[0].loss_mask[1] = 0
@@ -82,8 +91,9 @@ def test_rows_line_up_with_their_targets():
     assert batch.input_ids[0].tolist() == [7, 8, 10, 11, 12, 13]
     assert batch.targets[1].tolist() == [3, 4, 10, 11]
     w = 1 / 8
-    assert batch.weights.tolist() == [pytest.approx(row) for row in
-                                      ([w, 0, w, w], [0, 0, w, w], [0, 0, w, w], [w, 0, 0, 0])]
+    assert batch.weights.tolist() == [
+        pytest.approx(row) for row in ([w, 0, w, w], [0, 0, w, w], [0, 0, w, w], [w, 0, 0, 0])
+    ]
     assert batch.sampling_logprobs.tolist() == [[-1, 0, -3, -4], [0, 0, -1, -2], [0, 0, -1, -2], [-1, 0, 0, 0]]
     assert batch.input_ids[3].tolist() == [7, 8, 10, 0, 0, 0]
 
@@ -96,8 +106,11 @@ def test_rows_line_up_with_their_targets():
 )
 def test_every_sample_lands_in_one_micro_batch(lengths, num_ranks, budget, seed):
     groups = [
-        Group(group_id=f"{i:03d}", prompt=Prompt(token_ids=(7, 8), prompt_id="p"), trajectories=[
-            trajectory(f"{i:03d}", 0, 1.0, length=n), trajectory(f"{i:03d}", 1, 0.0, length=n)])
+        Group(
+            group_id=f"{i:03d}",
+            prompt=Prompt(token_ids=(7, 8), prompt_id="p"),
+            trajectories=[trajectory(f"{i:03d}", 0, 1.0, length=n), trajectory(f"{i:03d}", 1, 0.0, length=n)],
+        )
         for i, n in enumerate(lengths)
     ]
     samples = select(groups, TrainerConfig(), MAX_TOKENS).samples

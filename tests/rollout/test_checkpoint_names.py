@@ -13,11 +13,21 @@ from rollout.sync.checkpoint_names import checkpoint_specs, split_parameter
 
 def tiny_model(*, tied: bool) -> Qwen3MoeForCausalLM:
     torch.manual_seed(0)
-    return Qwen3MoeForCausalLM(Qwen3MoeConfig(
-        vocab_size=64, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
-        head_dim=8, intermediate_size=32, moe_intermediate_size=12, num_experts=4, num_experts_per_tok=2,
-        tie_word_embeddings=tied,
-    ))
+    return Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(
+            vocab_size=64,
+            hidden_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=8,
+            intermediate_size=32,
+            moe_intermediate_size=12,
+            num_experts=4,
+            num_experts_per_tok=2,
+            tie_word_embeddings=tied,
+        )
+    )
 
 
 @pytest.mark.parametrize("tied", [False, True])

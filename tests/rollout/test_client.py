@@ -139,10 +139,17 @@ def test_a_raising_callback_aborts_the_rollout():
     assert controller.calls == ["abort"]
 
 
-@pytest.mark.parametrize("prompt, match", [
-    ([], "at least one token"), ([10], r"\[0, 10\)"), ([1] * 13, "max_model_len = 16"), ("text", "tokenize text first"),
-    ([1.5], "token ids"), (7, "token ids"),
-])
+@pytest.mark.parametrize(
+    "prompt, match",
+    [
+        ([], "at least one token"),
+        ([10], r"\[0, 10\)"),
+        ([1] * 13, "max_model_len = 16"),
+        ("text", "tokenize text first"),
+        ([1.5], "token ids"),
+        (7, "token ids"),
+    ],
+)
 def test_faults_are_found_before_anything_is_sent(prompt, match):
     controller = FakeController()
     with pytest.raises(InvalidRequest, match=match):
@@ -218,8 +225,11 @@ class Characters:
 
 def test_prompts_from_jsonl(tmp_path):
     path = tmp_path / "p.jsonl"
-    rows = [{"prompt": "ab"}, {"prompt": [{"role": "user", "content": "a"}], "prompt_id": "x"},
-            {"token_ids": [5], "metadata": {"index": 1}}]
+    rows = [
+        {"prompt": "ab"},
+        {"prompt": [{"role": "user", "content": "a"}], "prompt_id": "x"},
+        {"token_ids": [5], "metadata": {"index": 1}},
+    ]
     path.write_text("\n\n".join(json.dumps(row) for row in rows))
     prompts = read_prompts(path, Characters())
     assert [p.token_ids for p in prompts] == [(97, 98), (0, 97), (5,)]
@@ -227,10 +237,21 @@ def test_prompts_from_jsonl(tmp_path):
     assert prompts[2].metadata == {"index": 1}
 
 
-@pytest.mark.parametrize("line", [
-    "{", "[]", "{}", '{"prompt": "a", "token_ids": [1]}', '{"prompt": ""}', '{"prompt": 3}', '{"token_ids": [true]}',
-    '{"prompt": "a", "metadata": 1}', '{"prompt": "a", "answer": 1}', '{"prompt": [{"role": "user"}]}',
-])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "{",
+        "[]",
+        "{}",
+        '{"prompt": "a", "token_ids": [1]}',
+        '{"prompt": ""}',
+        '{"prompt": 3}',
+        '{"token_ids": [true]}',
+        '{"prompt": "a", "metadata": 1}',
+        '{"prompt": "a", "answer": 1}',
+        '{"prompt": [{"role": "user"}]}',
+    ],
+)
 def test_a_bad_line_is_named(tmp_path, line):
     path = tmp_path / "p.jsonl"
     path.write_text('{"prompt": "a"}\n' + line)

@@ -55,8 +55,9 @@ def test_selected_logprobs_use_the_temperature():
 )
 def test_clip(ratio, advantage, want_loss, is_clipped):
     logprob = torch.tensor([[math.log(ratio)]], requires_grad=True)
-    terms = policy_loss(logprob, torch.zeros(1, 1), torch.tensor([[advantage]]), torch.ones(1, 1),
-                        clip_low=0.2, clip_high=0.28)
+    terms = policy_loss(
+        logprob, torch.zeros(1, 1), torch.tensor([[advantage]]), torch.ones(1, 1), clip_low=0.2, clip_high=0.28
+    )
     assert terms.loss.item() == pytest.approx(want_loss, rel=1e-6)
     assert bool(terms.clipped_sum) == is_clipped
     terms.loss.backward()
@@ -76,16 +77,25 @@ def test_importance_weights_are_capped_and_scale_the_gradient():
     tis = importance_weights(train, sampling, cap=2.0)
     assert not tis.requires_grad
     torch.testing.assert_close(tis, torch.tensor([[math.exp(-0.5), 2.0]]))
-    policy_loss(train, train, torch.ones(1, 1), torch.ones(1, 2), clip_low=0.2, clip_high=0.2,
-                tis_weights=tis).loss.backward()
+    policy_loss(
+        train, train, torch.ones(1, 1), torch.ones(1, 2), clip_low=0.2, clip_high=0.2, tis_weights=tis
+    ).loss.backward()
     torch.testing.assert_close(train.grad, -tis)
 
 
 def test_reference_penalty_pulls_towards_the_reference():
     logprobs = torch.tensor([[-2.0]], requires_grad=True)
     reference = torch.tensor([[-1.0]])
-    terms = policy_loss(logprobs, logprobs, torch.zeros(1, 1), torch.ones(1, 1), clip_low=0.2, clip_high=0.2,
-                        reference_logprobs=reference, kl_coef=0.1)
+    terms = policy_loss(
+        logprobs,
+        logprobs,
+        torch.zeros(1, 1),
+        torch.ones(1, 1),
+        clip_low=0.2,
+        clip_high=0.2,
+        reference_logprobs=reference,
+        kl_coef=0.1,
+    )
     assert terms.loss.item() == pytest.approx(0.1 * (math.e - 2))
     terms.loss.backward()
     assert logprobs.grad.item() < 0
@@ -95,8 +105,9 @@ def test_untrained_positions_do_not_matter_even_when_extreme():
     logprobs = torch.tensor([[-1.0, -1e4]], requires_grad=True)
     old = torch.tensor([[-1.0, 0.0]])
     tis = importance_weights(logprobs, torch.tensor([[-1.0, -200.0]]), 2.0)
-    policy_loss(logprobs, old, torch.ones(1, 1), torch.tensor([[1.0, 0.0]]), clip_low=0.2, clip_high=0.2,
-                tis_weights=tis).loss.backward()
+    policy_loss(
+        logprobs, old, torch.ones(1, 1), torch.tensor([[1.0, 0.0]]), clip_low=0.2, clip_high=0.2, tis_weights=tis
+    ).loss.backward()
     assert logprobs.grad.tolist() == [[-1.0, 0.0]]
 
 
@@ -113,8 +124,9 @@ def test_gradient_does_not_depend_on_the_split(aggregation, num_parts, seed):
     def gradient(parts: int) -> torch.Tensor:
         leaf = logprobs.clone().requires_grad_()
         for rows in torch.arange(6).chunk(parts):
-            policy_loss(leaf[rows], leaf[rows], advantages[rows], weights[rows],
-                        clip_low=0.2, clip_high=0.28).loss.backward()
+            policy_loss(
+                leaf[rows], leaf[rows], advantages[rows], weights[rows], clip_low=0.2, clip_high=0.28
+            ).loss.backward()
         return leaf.grad
 
     torch.testing.assert_close(gradient(num_parts), gradient(1), rtol=1e-12, atol=1e-15)

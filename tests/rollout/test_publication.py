@@ -56,8 +56,12 @@ class ScriptedReceiver:
 
 def bucket(version: int, *names: str, index: int = 0) -> BucketRef:
     return BucketRef(
-        version=version, index=index, segment="unused", tensors=tuple(SPECS[n] for n in names),
-        offsets=tuple(range(len(names))), digests=("",) * len(names),
+        version=version,
+        index=index,
+        segment="unused",
+        tensors=tuple(SPECS[n] for n in names),
+        offsets=tuple(range(len(names))),
+        digests=("",) * len(names),
     )
 
 

@@ -32,8 +32,12 @@ LIMITS = ModelLimits(vocab_size=100, max_model_len=64)
 def make_request(num_prompts=2, n=2, max_tokens=8, reward="none", priority=0, prompt=(1, 2, 3)):
     return RolloutRequest(
         prompts=tuple(Prompt(token_ids=prompt, prompt_id=f"p{i}") for i in range(num_prompts)),
-        n_samples_per_prompt=n, sampling=SamplingParams(max_tokens=max_tokens), run_seed=1,
-        group_ids=tuple(f"g{i}" for i in range(num_prompts)), reward=reward, priority=priority,
+        n_samples_per_prompt=n,
+        sampling=SamplingParams(max_tokens=max_tokens),
+        run_seed=1,
+        group_ids=tuple(f"g{i}" for i in range(num_prompts)),
+        reward=reward,
+        priority=priority,
     )
 
 
@@ -47,8 +51,11 @@ def answer(dispatch: Dispatch, num_tokens=None, reason=FinishReason.LENGTH, vers
     num = chunk.max_tokens if num_tokens is None else num_tokens
     start = len(chunk.token_ids)
     return ChunkResult(
-        trajectory_id=chunk.trajectory_id, token_ids=tuple(range(start, start + num)), logprobs=(-1.0,) * num,
-        spans=(VersionSpan(version=version, start=0, stop=num),) if num else (), finish_reason=reason,
+        trajectory_id=chunk.trajectory_id,
+        token_ids=tuple(range(start, start + num)),
+        logprobs=(-1.0,) * num,
+        spans=(VersionSpan(version=version, start=0, stop=num),) if num else (),
+        finish_reason=reason,
         shard=dispatch.shard,
     )
 
@@ -65,8 +72,12 @@ def check_record(trajectory):
 
 @settings(max_examples=150, deadline=None)
 @given(
-    seed=st.integers(0, 2**32 - 1), chunk_tokens=st.sampled_from([None, 1, 3, 5]), partial=st.booleans(),
-    max_running=st.integers(1, 4), reward=st.sampled_from(["none", "reasoning_gym"]), num_shards=st.integers(1, 3),
+    seed=st.integers(0, 2**32 - 1),
+    chunk_tokens=st.sampled_from([None, 1, 3, 5]),
+    partial=st.booleans(),
+    max_running=st.integers(1, 4),
+    reward=st.sampled_from(["none", "reasoning_gym"]),
+    num_shards=st.integers(1, 3),
 )
 def test_every_trajectory_ends_once_and_no_token_is_lost(seed, chunk_tokens, partial, max_running, reward, num_shards):
     rng = random.Random(seed)
@@ -107,8 +118,9 @@ def test_every_trajectory_ends_once_and_no_token_is_lost(seed, chunk_tokens, par
             assert {f for ids in to_abort.values() for f in ids} <= set(running)
         else:
             dispatch = running.pop(rng.choice(sorted(running)))
-            reason = rng.choice([FinishReason.LENGTH, FinishReason.LENGTH, FinishReason.STOP, FinishReason.ABORT,
-                                 FinishReason.ERROR])
+            reason = rng.choice(
+                [FinishReason.LENGTH, FinishReason.LENGTH, FinishReason.STOP, FinishReason.ABORT, FinishReason.ERROR]
+            )
             budget = dispatch.chunk.max_tokens
             num = budget if reason is FinishReason.LENGTH else rng.randint(0, budget)
             num_received += num
@@ -219,11 +231,16 @@ def test_without_engines_everything_fails_and_submissions_are_refused():
     assert len(scheduler.next_dispatches(0.0)) == 4
 
 
-@pytest.mark.parametrize("change", [
-    dict(logprobs=()), dict(spans=()), dict(token_ids=(), logprobs=(), spans=()),
-    dict(spans=(VersionSpan(version=0, start=1, stop=8),)),
-    dict(token_ids=(1,) * 9, logprobs=(0.0,) * 9, spans=(VersionSpan(version=0, start=0, stop=9),)),
-])
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(logprobs=()),
+        dict(spans=()),
+        dict(token_ids=(), logprobs=(), spans=()),
+        dict(spans=(VersionSpan(version=0, start=1, stop=8),)),
+        dict(token_ids=(1,) * 9, logprobs=(0.0,) * 9, spans=(VersionSpan(version=0, start=0, stop=9),)),
+    ],
+)
 def test_an_inconsistent_result_fails_its_trajectory_only(change):
     scheduler = make_scheduler()
     scheduler.submit("h", make_request(num_prompts=2, n=1), 0.0)
@@ -242,8 +259,11 @@ def test_submission_is_all_or_nothing():
     good = make_request().prompts[0]
     for bad in ((), (1, 100), (-1,), tuple(range(60))):
         request = RolloutRequest(
-            prompts=(good, Prompt(token_ids=bad, prompt_id="bad")), n_samples_per_prompt=1,
-            sampling=SamplingParams(max_tokens=8), run_seed=0, group_ids=("a", "b"),
+            prompts=(good, Prompt(token_ids=bad, prompt_id="bad")),
+            n_samples_per_prompt=1,
+            sampling=SamplingParams(max_tokens=8),
+            run_seed=0,
+            group_ids=("a", "b"),
         )
         with pytest.raises(InvalidRequest, match="prompt bad"):
             scheduler.submit("h", request, 0.0)

@@ -29,10 +29,19 @@ def make_trajectory():
     return Trajectory(group_id="g", sample_index=0, seed=1, prompt_token_ids=(1,))
 
 
-@pytest.mark.parametrize("options", [
-    dict(max_tokens=0), dict(temperature=math.nan), dict(temperature=-0.1), dict(temperature=math.inf),
-    dict(top_k=0), dict(top_p=0.0), dict(top_p=1.1), dict(top_p=math.nan),
-])
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(max_tokens=0),
+        dict(temperature=math.nan),
+        dict(temperature=-0.1),
+        dict(temperature=math.inf),
+        dict(top_k=0),
+        dict(top_p=0.0),
+        dict(top_p=1.1),
+        dict(top_p=math.nan),
+    ],
+)
 def test_sampling_parameters_name_what_is_wrong(options):
     with pytest.raises(errors.InvalidRequest, match=next(iter(options))):
         SamplingParams(**options)
@@ -42,10 +51,16 @@ def test_sampling_parameters_name_what_is_wrong(options):
 def test_spans_cover_every_token_once_and_never_repeat_a_version(pieces):
     trajectory, position = make_trajectory(), 0
     for version, num in pieces:
-        trajectory.append(ChunkResult(
-            trajectory_id="g/0", token_ids=(5,) * num, logprobs=(-1.0,) * num,
-            spans=(VersionSpan(version=version, start=0, stop=num),), finish_reason=FinishReason.LENGTH, shard=0,
-        ))
+        trajectory.append(
+            ChunkResult(
+                trajectory_id="g/0",
+                token_ids=(5,) * num,
+                logprobs=(-1.0,) * num,
+                spans=(VersionSpan(version=version, start=0, stop=num),),
+                finish_reason=FinishReason.LENGTH,
+                shard=0,
+            )
+        )
         position += num
     spans = trajectory.weight_versions
     assert [s.version for s in spans for _ in range(s.start, s.stop)] == [v for v, n in pieces for _ in range(n)]
@@ -81,14 +96,20 @@ def test_failing_removes_the_reward():
     assert (trajectory.reward, trajectory.error, trajectory.status) == (None, "it raised", Status.FAILED)
 
 
-@pytest.mark.parametrize("options, match", [
-    (dict(prompts=(), group_ids=()), "at least one prompt"), (dict(n_samples_per_prompt=0), "n_samples_per_prompt"),
-    (dict(group_ids=("a",)), "one a prompt"), (dict(group_ids=("a", "a")), "unique"),
-])
+@pytest.mark.parametrize(
+    "options, match",
+    [
+        (dict(prompts=(), group_ids=()), "at least one prompt"),
+        (dict(n_samples_per_prompt=0), "n_samples_per_prompt"),
+        (dict(group_ids=("a",)), "one a prompt"),
+        (dict(group_ids=("a", "a")), "unique"),
+    ],
+)
 def test_requests_are_checked(options, match):
     prompt = Prompt(token_ids=(1,), prompt_id="p")
-    fields = dict(prompts=(prompt, prompt), n_samples_per_prompt=1, sampling=SamplingParams(), run_seed=0,
-                  group_ids=("a", "b"))
+    fields = dict(
+        prompts=(prompt, prompt), n_samples_per_prompt=1, sampling=SamplingParams(), run_seed=0, group_ids=("a", "b")
+    )
     with pytest.raises(errors.InvalidRequest, match=match):
         RolloutRequest(**fields | options)
 
@@ -101,10 +122,18 @@ def test_limits_say_the_limit():
             limits.check(Prompt(token_ids=token_ids, prompt_id="p"), SamplingParams(max_tokens=6))
 
 
-@pytest.mark.parametrize("error", [
-    errors.InvalidRequest("n", 0, "an integer ≥ 1"), errors.EngineDead("gone"), errors.SyncRefused("no"),
-    errors.UnknownHandle("h"), errors.QueueFull("full"), errors.ServiceLost("gone"), errors.RewardFailed("x"),
-])
+@pytest.mark.parametrize(
+    "error",
+    [
+        errors.InvalidRequest("n", 0, "an integer ≥ 1"),
+        errors.EngineDead("gone"),
+        errors.SyncRefused("no"),
+        errors.UnknownHandle("h"),
+        errors.QueueFull("full"),
+        errors.ServiceLost("gone"),
+        errors.RewardFailed("x"),
+    ],
+)
 def test_errors_survive_pickling(error):
     again = pickle.loads(pickle.dumps(error))
     assert type(again) is type(error) and str(again) == str(error) and isinstance(again, errors.LongrollError)
