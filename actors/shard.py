@@ -159,24 +159,31 @@ class Shard:
         )
 
     def _result(self, chunk: Chunk, output: Any, duration_s: float) -> ChunkResult:
-        completion = output.outputs[0] if output is not None and output.outputs else None
-        token_ids = tuple(completion.token_ids) if completion else ()
+        if output is None or not output.outputs:  # aborted before it was scheduled
+            return ChunkResult(
+                trajectory_id=chunk.trajectory_id,
+                token_ids=(),
+                logprobs=(),
+                spans=(),
+                finish_reason=FinishReason.ABORT,
+                shard=self._rank,
+                duration_s=duration_s,
+            )
+        completion = output.outputs[0]
         spans: list[VersionSpan] = []
-        for span in (completion.weight_versions or ()) if completion else ():
+        for span in completion.weight_versions or ():
             if span.end > span.start:
                 append_span(spans, VersionSpan(version=int(span.version), start=span.start, stop=span.end))
-        reason = completion.finish_reason if completion else "abort"
-        self._num_tokens += len(token_ids)
-        metrics = output.metrics if output is not None else None
+        self._num_tokens += len(completion.token_ids)
         return ChunkResult(
             trajectory_id=chunk.trajectory_id,
-            token_ids=token_ids,
-            logprobs=tuple(completion.logprobs.logprobs) if token_ids else (),
+            token_ids=tuple(completion.token_ids),
+            logprobs=tuple(completion.logprobs.logprobs) if completion.token_ids else (),
             spans=tuple(spans),
-            finish_reason=FinishReason(reason),
+            finish_reason=FinishReason(completion.finish_reason),
             shard=self._rank,
-            num_cached_tokens=(output.num_cached_tokens or 0) if output is not None else 0,
-            ttft_s=metrics.first_token_latency if metrics else 0.0,
+            num_cached_tokens=output.num_cached_tokens or 0,
+            ttft_s=output.metrics.first_token_latency if output.metrics else 0.0,
             duration_s=duration_s,
         )
 

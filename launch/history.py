@@ -30,6 +30,7 @@ class StepRecord:
         mismatch_kl: Sampling against training log-probabilities, mean over tokens.
         loss, grad_norm, clip_fraction, entropy, lr: Of the policy update.
         is_skipped: Nothing was left to train on; the weights stayed as they were.
+        trajectories_digest: Of all tokens of the step; equal digests mean equal trajectories.
     """
 
     step: int
@@ -58,6 +59,7 @@ class StepRecord:
     entropy: float
     lr: float
     is_skipped: bool
+    trajectories_digest: str
 
     @property
     def tokens_per_s(self) -> float:

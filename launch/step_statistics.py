@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from launch.evaluation import is_exact
@@ -10,7 +12,7 @@ from launch.history import StepRecord
 from rollout.errors import LongrollError
 from rollout.fleet import SyncReport
 from rollout.train_metrics import TrainMetrics
-from rollout.types import Group, Status
+from rollout.types import Group, Status, Trajectory
 
 
 @dataclass(slots=True, kw_only=True)
@@ -21,6 +23,14 @@ class StepTimes:
     train_s: float = 0.0
     sync_s: float = 0.0
     save_s: float = 0.0
+
+
+def trajectories_digest(trajectories: Sequence[Trajectory]) -> str:
+    """BLAKE2b-64 over ids, prompts and generated tokens; the order of the trajectories does not matter."""
+    hasher = hashlib.blake2b(digest_size=8)
+    for t in sorted(trajectories, key=lambda t: (t.group_id, t.sample_index)):
+        hasher.update(f"{t.trajectory_id}:{t.prompt_token_ids}:{t.token_ids}\n".encode())
+    return hasher.hexdigest()
 
 
 def step_record(
@@ -76,4 +86,5 @@ def step_record(
         entropy=metrics.entropy,
         lr=metrics.lr,
         is_skipped=metrics.is_skipped,
+        trajectories_digest=trajectories_digest(trajectories),
     )

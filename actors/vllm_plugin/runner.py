@@ -65,7 +65,8 @@ class KeyedSamplingMixin:
 
     def _seeds(self, device: torch.device) -> torch.Tensor:
         """[B] int64 Gumbel keys of the requests in batch order."""
-        seeds = np.empty(self.input_batch.num_reqs, dtype=np.int64)  # type: ignore[attr-defined]
+        num_requests = self.input_batch.num_reqs  # type: ignore[attr-defined]
+        seeds: np.ndarray = np.empty(num_requests, dtype=np.int64)
         for row, request_id in enumerate(self.input_batch.req_ids):  # type: ignore[attr-defined]
             params = self.requests[request_id].sampling_params  # type: ignore[attr-defined]
             key = (params.extra_args or {}).get(SEED_KEY)

@@ -44,6 +44,7 @@ RECORD = StepRecord(
     entropy=0.5,
     lr=1e-4,
     is_skipped=False,
+    trajectories_digest="0011223344556677",
 )
 
 
