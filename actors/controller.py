@@ -23,7 +23,7 @@ from actors.receivers import ShardReceiver, answer
 from actors.rewards import RewardPool, RewardTimeout
 from rollout.config import InFlight, ModelConfig, SchedulerConfig, SyncConfig
 from rollout.errors import EngineDead, InvalidRequest, RewardFailed, SyncRefused
-from rollout.fleet import ServiceStats, ShardInfo, ShardStats, SyncReport
+from rollout.fleet import Rendezvous, ServiceStats, ShardInfo, ShardStats, SyncReport
 from rollout.handles import Delivery, Progress, RolloutHandle
 from rollout.scheduler.ledger import Ledger
 from rollout.scheduler.records import Dispatch, FailureKind, ScoreJob
@@ -66,6 +66,7 @@ class Controller:
         self._limits = ModelLimits(
             vocab_size=min(info.vocab_size for info in infos), max_model_len=min(info.max_model_len for info in infos)
         )
+        self._num_workers = sum(info.num_workers for info in infos)
         self._scheduler = Scheduler(config, self._limits, sorted(self._shards), partial_rollout=sync.partial_rollout)
         self._ledger = Ledger(config.client_timeout_s)
         self._rewards = RewardPool(model, config.num_reward_workers, config.reward_timeout_s)
@@ -156,6 +157,14 @@ class Controller:
     async def progress(self, handle_id: str) -> Progress:
         self._ledger.touch(handle_id, time.monotonic())
         return self._scheduler.progress(handle_id)
+
+    async def num_workers(self) -> int:
+        """Devices that receive weights: worker processes of all shards."""
+        return self._num_workers
+
+    async def open_transport(self, rendezvous: Rendezvous, world_size: int) -> None:
+        """Let all workers join the trainer's broadcast group, before a publication."""
+        await self._publication_step(self._publisher.open_transport(rendezvous, world_size))
 
     async def begin_publish(self, version: int, specs: Sequence[TensorSpec]) -> None:
         await self._publication_step(self._publisher.begin(version, specs))

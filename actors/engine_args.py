@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from actors.vllm_plugin import CPU_WORKER, GPU_WORKER, WEIGHT_ENGINE
+from actors.vllm_plugin import CPU_WORKER, GPU_WORKER, WEIGHT_ENGINES
 from rollout.config import EngineConfig, ModelConfig, SyncConfig
 from rollout.errors import InvalidRequest
 from rollout.fleet import Rendezvous
@@ -39,10 +39,12 @@ def engine_args(
         on_gpu: False builds arguments for the CPU engine.
 
     Raises:
-        InvalidRequest: For an option that vLLM does not have, or a missing rendezvous.
+        InvalidRequest: For an option that vLLM does not have, a missing rendezvous, or NCCL without GPUs.
     """
     from vllm import AsyncEngineArgs
 
+    if sync.transport == "nccl" and not on_gpu:
+        raise InvalidRequest("sync.transport", "nccl", "shared_memory for engines on CPU")
     arguments: dict[str, object] = dict(
         model=model.path,
         dtype=model.dtype,
@@ -59,7 +61,7 @@ def engine_args(
         enforce_eager=engine.enforce_eager or not on_gpu,
         worker_cls=GPU_WORKER if on_gpu else CPU_WORKER,
         logprobs_mode="processed_logprobs",
-        weight_transfer_config={"backend": WEIGHT_ENGINE if sync.transport == "shared_memory" else sync.transport},
+        weight_transfer_config={"backend": WEIGHT_ENGINES[sync.transport]},
         distributed_timeout_seconds=int(engine.distributed_timeout_s),
         cpu_distributed_timeout_seconds=int(engine.distributed_timeout_s),
     )

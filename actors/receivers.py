@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from rollout.config import InFlight
+from rollout.fleet import Rendezvous
 from rollout.remote import original_error
 from rollout.sync.manifest import BucketRef
 
@@ -25,6 +26,9 @@ class ShardReceiver:
 
     def __init__(self, shard: Any) -> None:
         self._shard = shard
+
+    async def open_transport(self, rendezvous: Rendezvous, world_size: int) -> None:
+        await answer(self._shard.open_transport.remote(rendezvous, world_size))
 
     async def stage(self, ref: BucketRef) -> None:
         await answer(self._shard.stage.remote(ref))

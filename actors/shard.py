@@ -10,6 +10,7 @@ import asyncio
 import logging
 import os
 import time
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import ray
@@ -24,6 +25,7 @@ from rollout.sync.manifest import BucketRef
 from rollout.types import Chunk, ChunkResult, FinishReason, VersionSpan, append_span
 
 logger = logging.getLogger(__name__)
+STAGE_POLL_S = 0.05  # every look at a background transfer waits for the engine's step to end
 CALL_TIMEOUT_S = 60.0  # an engine call pending at a death never resolves by itself (vLLM core_client)
 
 
@@ -94,6 +96,7 @@ class Shard:
             kv_tokens=(config.cache_config.num_gpu_blocks or 0) * config.cache_config.block_size,
             vocab_size=config.model_config.get_vocab_size(),
             max_model_len=config.model_config.max_model_len,
+            num_workers=config.parallel_config.world_size,
         )
 
     def _set_environment(self) -> None:
@@ -195,9 +198,45 @@ class Shard:
 
     async def stage(self, ref: BucketRef) -> None:
         """Copy a bucket aside on every worker and check its digests. Raises SyncRefused on a fault."""
-        faults = [f for f in await self._rpc("longroll_stage", ref.to_json()) if f is not None]
-        if faults:
-            raise SyncRefused(faults[0])
+        outcomes = await self._rpc("longroll_stage", ref.to_json())
+        await self._until_done(
+            outcomes, lambda: self._rpc("longroll_stage_outcome", ref.version), f"bucket {ref.index} of {ref.version}"
+        )
+
+    async def open_transport(self, rendezvous: Rendezvous, world_size: int) -> None:
+        """Let every worker join the trainer's group; generation goes on. Raises SyncRefused on a fault.
+
+        Args:
+            rendezvous: Where the trainer, rank 0, waits.
+            world_size: The trainer and the workers of all shards.
+        """
+        from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
+
+        info = {
+            "master_address": rendezvous.host,
+            "master_port": rendezvous.rpc_port,
+            "rank_offset": 1,
+            "world_size": world_size,
+        }
+        await self._call(self._engine.init_weight_transfer_engine(WeightTransferInitRequest(init_info=info)))
+        look = "longroll_transport_outcome"
+        await self._until_done(await self._rpc(look), lambda: self._rpc(look), "weight transport")
+
+    async def _until_done(
+        self, outcomes: list[tuple[bool, str | None]], look: Callable[[], Awaitable[Any]], what: str
+    ) -> None:
+        """Wait until all workers have done what they do beside the engine; the first fault ends the wait."""
+        deadline = time.monotonic() + self._sync.timeout_s
+        while True:
+            faults = [fault for _, fault in outcomes if fault is not None]
+            if faults:
+                raise SyncRefused(faults[0])
+            if all(is_done for is_done, _ in outcomes):
+                return
+            if time.monotonic() > deadline:
+                raise SyncRefused(f"{what}: not done within sync.timeout_s = {self._sync.timeout_s:g} s")
+            await asyncio.sleep(STAGE_POLL_S)
+            outcomes = await look()
 
     async def drop_stage(self, version: int) -> None:
         await self._rpc("longroll_drop_stage", version)

@@ -25,6 +25,7 @@ from actors.trainer_model import (
     restore_rotary_frequencies,
     use_one_thread_on_cpu,
 )
+from actors.transport import make_transport
 from actors.weight_source import ControllerReceiver, WeightSource, weights_digest
 from rollout.batch import MicroBatch
 from rollout.checkpoints import CheckpointDir
@@ -83,6 +84,7 @@ class TrainerRank:
         self._store: dist.TCPStore | None = None
         self._engine: Any = None
         self._reference: Any = None
+        self._source: WeightSource | None = None
 
     def rendezvous(self) -> Rendezvous:
         """Open the meeting point on this node. Asked of rank 0 only."""
@@ -203,8 +205,11 @@ class TrainerRank:
         """Send the weights to the controller; see WeightSource.publish."""
         if self._controller is None:
             raise InvalidRequest("publish", "a trainer without a controller", "one that serves engines")
-        receiver = ControllerReceiver(self._controller, self._sync.timeout_s)
-        return WeightSource(self._engine.module, self._model.dtype, self._sync, receiver).publish(version)
+        if self._source is None:  # kept: its transport stays open
+            receiver = ControllerReceiver(self._controller, self._sync.timeout_s)
+            transport = make_transport(self._sync, receiver, ray.util.get_node_ip_address(), self._device)
+            self._source = WeightSource(self._engine.module, self._model.dtype, self._sync, receiver, transport)
+        return self._source.publish(version)
 
     def save(self, step: int) -> None:
         """Write this rank's part of a checkpoint and seal it."""

@@ -11,7 +11,7 @@ import hashlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import ray
 import torch
@@ -19,9 +19,10 @@ import torch.distributed as dist
 from ray.actor import ActorHandle
 
 from actors.trainer_model import full_shape, gathered, trained_parameters
+from actors.transport import Receiver, Transport
 from rollout.config import SyncConfig
 from rollout.errors import LongrollError, SyncRefused
-from rollout.fleet import SyncReport
+from rollout.fleet import Rendezvous, SyncReport
 from rollout.sync.checkpoint_names import split_parameter
 from rollout.sync.manifest import (
     BucketRef,
@@ -32,24 +33,11 @@ from rollout.sync.manifest import (
     spec_of,
     torch_dtype,
 )
-from rollout.sync.segments import unlink, write_bucket
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 NamedParameters = list[tuple[str, torch.nn.Parameter]]
 NamedTensors = list[tuple[str, torch.Tensor]]
-
-
-class Receiver(Protocol):
-    """Where a publication goes; every call returns when it is done, or raises."""
-
-    def begin(self, version: int, specs: tuple[TensorSpec, ...]) -> None: ...
-
-    def stage(self, ref: BucketRef) -> None: ...
-
-    def commit(self, version: int) -> SyncReport: ...
-
-    def abandon(self, version: int) -> None: ...
 
 
 class ControllerReceiver:
@@ -64,6 +52,13 @@ class ControllerReceiver:
     def __init__(self, controller: ActorHandle, timeout_s: float) -> None:
         self._controller = controller
         self._timeout_s = 2 * timeout_s
+
+    def num_workers(self) -> int:
+        num_workers: int = ray.get(self._controller.num_workers.remote(), timeout=self._timeout_s)
+        return num_workers
+
+    def open_transport(self, rendezvous: Rendezvous, world_size: int) -> None:
+        ray.get(self._controller.open_transport.remote(rendezvous, world_size), timeout=self._timeout_s)
 
     def begin(self, version: int, specs: tuple[TensorSpec, ...]) -> None:
         ray.get(self._controller.begin_publish.remote(version, specs), timeout=self._timeout_s)
@@ -119,12 +114,16 @@ class WeightSource:
     Args:
         module: The module being trained.
         dtype: Element type being served.
-        config: Bucket size and transport.
+        config: Bucket size.
         receiver: Used on rank 0 only, which is the only one to send.
+        transport: Carries the buckets to it; rank 0 as well.
     """
 
-    def __init__(self, module: torch.nn.Module, dtype: str, config: SyncConfig, receiver: Receiver) -> None:
-        self._module, self._dtype, self._config, self._receiver = module, dtype, config, receiver
+    def __init__(
+        self, module: torch.nn.Module, dtype: str, config: SyncConfig, receiver: Receiver, transport: Transport
+    ) -> None:
+        self._module, self._dtype, self._config = module, dtype, config
+        self._receiver, self._transport = receiver, transport
         self._is_sender = dist.get_rank() == 0
         self._device = next(module.parameters()).device
 
@@ -139,6 +138,7 @@ class WeightSource:
             EngineDead: On rank 0, when the flip itself failed half-way (see Publisher.commit).
         """
         specs = published_specs(self._module, self._dtype)
+        self._together(version, self._transport.open)
         self._together(version, lambda: self._receiver.begin(version, specs))
         index = 0
         for bucket in parameter_buckets(self._module, self._config.bucket_bytes):
@@ -149,7 +149,7 @@ class WeightSource:
         return self._together(version, lambda: self._receiver.commit(version))
 
     def _parts(self, bucket: NamedParameters) -> Iterator[NamedTensors]:
-        """Pieces of at most one bucket each, so that shared memory is bounded as well."""
+        """Pieces of at most one bucket each, so that what the transport holds is bounded as well."""
         pieces = dict(checkpoint_tensors(bucket))
         specs = [TensorSpec(name=n, shape=tuple(t.shape), dtype=self._dtype) for n, t in pieces.items()]
         for part in plan_buckets(specs, self._config.bucket_bytes):
@@ -157,11 +157,7 @@ class WeightSource:
 
     def _send(self, version: int, index: int, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
         dtype = torch_dtype(self._dtype)
-        ref = write_bucket(version, index, [(name, tensor.to(dtype)) for name, tensor in tensors])
-        try:
-            self._receiver.stage(ref)
-        finally:
-            unlink(ref)
+        self._transport.send(version, index, [(name, tensor.to(dtype)) for name, tensor in tensors])
 
     def _together(self, version: int, action: Callable[[], T]) -> T | None:
         """Run an action on rank 0 and let every rank know whether it worked, so that none is left

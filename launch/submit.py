@@ -32,6 +32,7 @@ COMMANDS = ("status", "logs", "stop")
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
+    _send_token_if_there_is_one()
     try:
         if any(a in COMMANDS for a in arguments):
             return _manage(arguments)
@@ -45,6 +46,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RuntimeError as error:  # how Ray's client reports a refusal, such as an unknown job
         print(f"error: {error}", file=sys.stderr)
         return 3
+
+
+def _send_token_if_there_is_one() -> None:
+    """A cluster demands the token that Ray keeps; its job client sends it only when told (Ray 2.60)."""
+    if "RAY_AUTH_TOKEN" in os.environ or (Path.home() / ".ray" / "auth_token").is_file():
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 
 def _submit(argv: list[str]) -> int:

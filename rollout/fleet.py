@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rendezvous:
-    """Where the data-parallel ranks of one expert-parallel group meet."""
+    """Where the ranks of one group meet: those of the engines, of the trainer, or of a weight transport."""
 
     host: str
     rpc_port: int
@@ -24,6 +24,7 @@ class ShardInfo:
         kv_tokens: Tokens that its KV cache holds.
         vocab_size: Token ids are in [0, vocab_size).
         max_model_len: Longest prompt + output in tokens.
+        num_workers: Its engine's worker processes, one for each device.
     """
 
     rank: int
@@ -32,6 +33,7 @@ class ShardInfo:
     kv_tokens: int
     vocab_size: int
     max_model_len: int
+    num_workers: int = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,7 +9,7 @@ layer on CPU honours its expert map (the built-in kernel reads out of bounds the
 from __future__ import annotations
 
 SEED_KEY = "longroll_seed"  # SamplingParams.extra_args: Gumbel key of a request
-WEIGHT_ENGINE = "longroll_staged"
+WEIGHT_ENGINES = {"shared_memory": "longroll_staged", "nccl": "longroll_nccl"}  # by sync.transport
 CPU_WORKER = "actors.vllm_plugin.worker.KeyedCpuWorker"
 GPU_WORKER = "actors.vllm_plugin.worker.KeyedGpuWorker"
 
@@ -28,7 +28,11 @@ def register() -> None:
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
     from vllm.platforms import current_platform
 
-    if WEIGHT_ENGINE not in WeightTransferEngineFactory._registry:
-        WeightTransferEngineFactory.register_engine(WEIGHT_ENGINE, "actors.vllm_plugin.weights", "StagedWeightEngine")
+    for transport, module, engine in (
+        ("shared_memory", "actors.vllm_plugin.weights", "StagedWeightEngine"),
+        ("nccl", "actors.vllm_plugin.nccl", "NcclWeightEngine"),
+    ):
+        if WEIGHT_ENGINES[transport] not in WeightTransferEngineFactory._registry:
+            WeightTransferEngineFactory.register_engine(WEIGHT_ENGINES[transport], module, engine)
     if current_platform.is_cpu():
         import actors.vllm_plugin.moe  # noqa: F401  (registers the layer by being imported)

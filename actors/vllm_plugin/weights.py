@@ -28,6 +28,8 @@ from rollout.sync.manifest import BucketRef
 from rollout.sync.segments import read_verified
 
 logger = logging.getLogger(__name__)
+Outcome = tuple[bool, str | None]
+"""Whether it is done, and what is wrong, if anything is. vLLM's remote calls carry no classes of ours."""
 _EXPERT = re.compile(r"\.experts\.(\d+)\.")
 
 
@@ -65,22 +67,33 @@ class StagedWeightEngine(WeightTransferEngine[StagedInitInfo, StagedUpdateInfo])
         self._staged: dict[str, torch.Tensor] = {}
         self._local = local_experts(self.model)
 
-    def stage(self, ref: BucketRef) -> str | None:
+    def stage(self, ref: BucketRef) -> Outcome:
         """Copy the bucket's tensors that this rank needs; check the digest of every one.
 
         Returns:
-            What is wrong, or None. On a fault the version's staging is dropped.
+            Done or not; while it is not, `stage_outcome` tells. On a fault the version's staging is dropped.
         """
-        if ref.version != self._version:
-            self._version, self._staged = ref.version, {}
+        self._adopt(ref.version)
         try:
             for name, tensor in read_verified(ref):
                 if self._needs(name):
                     self._staged[name] = tensor.clone()
         except SyncRefused as fault:
             self.drop(ref.version)
-            return str(fault)
-        return None
+            return True, str(fault)
+        return True, None
+
+    def stage_outcome(self, version: int) -> Outcome:
+        """How the newest bucket of a version fares; here `stage` is done when it returns."""
+        return True, None if version == self._version else f"version {version}: it was dropped"
+
+    def transport_outcome(self) -> Outcome:
+        """Whether the transport is open; there is nothing to open here."""
+        return True, None
+
+    def _adopt(self, version: int) -> None:
+        if version != self._version:
+            self._version, self._staged = version, {}
 
     def _needs(self, name: str) -> bool:
         match = _EXPERT.search(name)

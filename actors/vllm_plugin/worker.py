@@ -39,9 +39,17 @@ class StagingMixin:
 
     weight_transfer_engine: Any
 
-    def longroll_stage(self, ref_json: str) -> str | None:
-        """Copy a bucket aside and check its digests. Returns the fault, or None if there is none."""
+    def longroll_stage(self, ref_json: str) -> tuple[bool, str | None]:
+        """Copy a bucket aside and check its digests. Returns whether it is done, and the fault."""
         return self.weight_transfer_engine.stage(BucketRef.from_json(ref_json))
+
+    def longroll_stage_outcome(self, version: int) -> tuple[bool, str | None]:
+        """The same for a bucket whose staging goes on beside the engine."""
+        return self.weight_transfer_engine.stage_outcome(version)
+
+    def longroll_transport_outcome(self) -> tuple[bool, str | None]:
+        """Whether the weight transport is open, and the fault."""
+        return self.weight_transfer_engine.transport_outcome()
 
     def longroll_drop_stage(self, version: int) -> None:
         """Forget what was staged for a version."""

@@ -31,20 +31,21 @@ class TensorSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BucketRef:
-    """A bucket that has been written and can be read by every shard of the host.
+    """A bucket that its sender has described, and how every shard gets it.
 
     Attributes:
         version: Version the bucket belongs to.
         index: Its place in the plan, 0 … num_buckets-1.
-        segment: Name of the shared-memory segment.
+        segment: Name of the shared-memory segment it was written to; None for one that its sender
+            broadcasts tensor by tensor, in order, while this record travels.
         tensors: The tensors in the order in which they lie in it.
-        offsets: First byte of each.
+        offsets: First byte of each in the segment; empty without one.
         digests: BLAKE2b digest of each tensor's bytes.
     """
 
     version: int
     index: int
-    segment: str
+    segment: str | None
     tensors: tuple[TensorSpec, ...]
     offsets: tuple[int, ...]
     digests: tuple[str, ...]

@@ -25,7 +25,7 @@ from typing import Protocol
 
 from rollout.config import InFlight, SyncConfig
 from rollout.errors import EngineDead, SyncRefused
-from rollout.fleet import SyncReport
+from rollout.fleet import Rendezvous, SyncReport
 from rollout.sync.manifest import BucketRef, TensorSpec, check_against
 
 logger = logging.getLogger(__name__)
@@ -33,6 +33,8 @@ logger = logging.getLogger(__name__)
 
 class Receiver(Protocol):
     """One shard, as the publisher sees it. Every call may raise; a raise means that it failed."""
+
+    async def open_transport(self, rendezvous: Rendezvous, world_size: int) -> None: ...
 
     async def stage(self, ref: BucketRef) -> None: ...
 
@@ -80,6 +82,7 @@ class Publisher:
         self._live_version = live_version
         self._state = State.IDLE
         self._version: int | None = None
+        self._attempt = 0  # publications begun; tells a late answer of an abandoned one from the open one
         self._pending: set[str] = set()
         self._num_bytes = 0
         self._began_at = 0.0
@@ -92,6 +95,23 @@ class Publisher:
     @property
     def state(self) -> State:
         return self._state
+
+    async def open_transport(self, rendezvous: Rendezvous, world_size: int) -> None:
+        """Let every receiver join its sender's transport, for one that needs it; before `begin`.
+
+        Args:
+            rendezvous: Where the sender, rank 0, waits for them.
+            world_size: The sender and every worker of every receiver.
+
+        Raises:
+            SyncRefused: A receiver could not join in time; the old version goes on serving.
+            EngineDead: The fleet is broken.
+        """
+        self._check_not_broken()
+        if self._state is State.FLIPPING:
+            raise SyncRefused(f"transport: version {self._version} is being flipped at this moment")
+        await self._drop()  # whoever was sending has been replaced
+        await self._all("open_transport", lambda r: r.open_transport(rendezvous, world_size))
 
     async def begin(self, version: int, specs: Sequence[TensorSpec]) -> None:
         """Open a publication. One that was left unfinished is abandoned: its sender is gone.
@@ -114,6 +134,7 @@ class Publisher:
             logger.warning("publication of version %d was left unfinished; dropping it", self._version)
             await self._drop()
         self._state, self._version = State.STAGING, version
+        self._attempt += 1
         self._pending = {spec.name for spec in specs}
         self._num_bytes, self._began_at = 0, self._clock()
 
@@ -125,9 +146,10 @@ class Publisher:
                 publication is over and the old version goes on serving.
         """
         self._expect(ref.version)
+        attempt = self._attempt
         async with self._staging_lock:
             try:
-                self._expect(ref.version)
+                self._expect_attempt(ref.version, attempt)
                 check_against(
                     {s.name: self._serving[s.name] for s in ref.tensors if s.name in self._serving}, ref.tensors
                 )
@@ -135,8 +157,10 @@ class Publisher:
                 if resent:
                     raise SyncRefused(f"bucket {ref.index} of version {ref.version}: {resent[0]} was staged before")
                 await self._all("stage", lambda r: r.stage(ref))
+                self._expect_attempt(ref.version, attempt)
             except SyncRefused:
-                await self._drop()
+                if attempt == self._attempt:
+                    await self._drop()
                 raise
             self._pending -= {s.name for s in ref.tensors}
             self._num_bytes += sum(s.num_bytes for s in ref.tensors)
@@ -189,6 +213,11 @@ class Publisher:
                 f"version {version}: got a message while {self._state.value} "
                 f"(open publication: {self._version}), expected begin() first"
             )
+
+    def _expect_attempt(self, version: int, attempt: int) -> None:
+        self._expect(version)
+        if attempt != self._attempt:
+            raise SyncRefused(f"version {version}: it was abandoned and begun again meanwhile")
 
     def _check_not_broken(self) -> None:
         if self._state is State.BROKEN:

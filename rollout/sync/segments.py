@@ -53,8 +53,12 @@ def read_bucket(ref: BucketRef) -> list[tuple[str, torch.Tensor]]:
     """Map a segment and return views of its tensors, without checking digests.
 
     Raises:
-        SyncRefused: If the segment is missing or shorter than described.
+        SyncRefused: If there is no segment, or it is missing or shorter than described.
     """
+    if ref.segment is None:
+        raise SyncRefused(
+            f"bucket {ref.index} of version {ref.version}: got one that is broadcast, expected one in shared memory"
+        )
     end = max((o + t.num_bytes for o, t in zip(ref.offsets, ref.tensors, strict=True)), default=0)
     path = SHARED_MEMORY / ref.segment
     try:
@@ -87,8 +91,9 @@ def read_verified(ref: BucketRef) -> list[tuple[str, torch.Tensor]]:
 
 
 def unlink(ref: BucketRef) -> None:
-    """Remove a segment's name; does nothing if it is gone already."""
-    (SHARED_MEMORY / ref.segment).unlink(missing_ok=True)
+    """Remove a segment's name; does nothing if it is gone already, or the bucket has none."""
+    if ref.segment is not None:
+        (SHARED_MEMORY / ref.segment).unlink(missing_ok=True)
 
 
 def _map(segment: str, num_bytes: int, *, create: bool) -> torch.Tensor:

@@ -69,10 +69,9 @@ def test_tokens_do_not_depend_on_batch_cut_or_shard(service: Service, reference,
     together = run(service, [(i % 2, chunk(i, p, sampling)) for i, p in enumerate(batch)])
     reversed_order = run(service, [((i + 1) % 2, chunk(i, batch[i], sampling)) for i in reversed(range(32))])[::-1]
     differing = sum(check_same(reference, sampling, together[i], reversed_order[i], p, i) for i, p in enumerate(batch))
-    for i in (0, 7):  # alone, on either shard
-        for shard in (0, 1):
-            alone = run(service, [(shard, chunk(i, batch[i], sampling))])[0]
-            differing += check_same(reference, sampling, together[i], alone, batch[i], i)
+    for i, shard in ((0, 0), (7, 1)):  # alone
+        alone = run(service, [(shard, chunk(i, batch[i], sampling))])[0]
+        differing += check_same(reference, sampling, together[i], alone, batch[i], i)
     cut = [ChunkResult(trajectory_id="", token_ids=(), logprobs=(), spans=(), finish_reason="length", shard=0)] * 8
     for piece in range(NUM_TOKENS // 64):  # cut every 64 tokens, each piece on the other shard
         pieces = run(
@@ -89,7 +88,7 @@ def test_tokens_do_not_depend_on_batch_cut_or_shard(service: Service, reference,
                 shard=0,
             )
     differing += sum(check_same(reference, sampling, together[i], cut[i], batch[i], i) for i in range(8))
-    assert differing <= 2, f"{differing} of 44 comparisons met a near tie; that many is not chance"
+    assert differing <= 2, f"{differing} of 42 comparisons met a near tie; that many is not chance"
 
 
 def test_tokens_and_logprobs_are_those_of_the_reference_model(client: RolloutClient, reference) -> None:
