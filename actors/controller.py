@@ -242,15 +242,19 @@ class Controller:
         except Exception as error:  # whatever an engine raises about one request fails that one only
             logger.warning("chunk of %s failed on shard %d: %r", flight_id, dispatch.shard, error)
             reason = f"shard {dispatch.shard}: {type(error).__name__}: {error}"
-            self._scheduler.on_chunk_failed(flight_id, FailureKind.ENGINE_ERROR, reason, time.monotonic())
+            self._fail_chunk(dispatch, reason)
         else:
             if (result.trajectory_id, result.shard) != (flight_id, dispatch.shard):
                 got = f"{result.trajectory_id} of shard {result.shard}"
                 reason = f"engine result: got {got}, expected {flight_id} of shard {dispatch.shard}"
-                self._scheduler.on_chunk_failed(flight_id, FailureKind.ENGINE_ERROR, reason, time.monotonic())
+                self._fail_chunk(dispatch, reason)
             else:
                 self._scheduler.on_chunk(result, time.monotonic())
         self._pump()
+
+    def _fail_chunk(self, dispatch: Dispatch, reason: str) -> None:
+        flight_id, kind = dispatch.chunk.trajectory_id, FailureKind.ENGINE_ERROR
+        self._scheduler.on_chunk_failed(flight_id, dispatch.shard, kind, reason, time.monotonic())
 
     async def _score(self, job: ScoreJob) -> None:
         try:

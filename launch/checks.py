@@ -6,7 +6,7 @@ function from a RunConfig; none of them looks at the machine.
 
 from __future__ import annotations
 
-from rollout.config import EngineConfig, InFlight, RunConfig, TrainerConfig
+from rollout.config import ClusterConfig, EngineConfig, InFlight, RunConfig, TrainerConfig
 from rollout.errors import InvalidRequest
 from rollout.types import SamplingParams
 
@@ -83,6 +83,9 @@ def _cpu_engine(config: RunConfig) -> None:
         )
     if config.sync.transport == "nccl":
         raise InvalidRequest("sync.transport", "nccl", "shared_memory on CPU (cluster.num_gpus_per_node = 0)")
+    if (config.cluster.placement_strategy, config.cluster.num_nodes) != (ClusterConfig().placement_strategy, 1):
+        got = f"{config.cluster.placement_strategy} on {config.cluster.num_nodes}"
+        raise InvalidRequest("cluster.placement_strategy / num_nodes", got, "PACK on 1: no effect without GPUs")
     if engine.kv_cache_dtype != "auto":
         raise InvalidRequest("engine.kv_cache_dtype", engine.kv_cache_dtype, "auto, the only one on CPU")
     if not engine.enforce_eager:
@@ -99,12 +102,25 @@ def _cpu_engine(config: RunConfig) -> None:
 
 
 def _gpu_engine(config: RunConfig) -> None:
-    if config.cluster.num_gpus_per_node > 0 and config.engine.omp_threads_bind is not None:
-        raise InvalidRequest("engine.omp_threads_bind", config.engine.omp_threads_bind, "null on GPU")
+    if config.cluster.num_gpus_per_node == 0:
+        return
+    engine, default = config.engine, EngineConfig()
+    if engine.omp_threads_bind is not None:
+        raise InvalidRequest("engine.omp_threads_bind", engine.omp_threads_bind, "null on GPU")
+    if engine.kv_cache_bytes is not None and engine.gpu_memory_utilization != default.gpu_memory_utilization:
+        raise InvalidRequest(
+            "engine.gpu_memory_utilization",
+            engine.gpu_memory_utilization,
+            "its default together with engine.kv_cache_bytes, which overrides it",
+        )
 
 
 def _sync(config: RunConfig) -> None:
     sync = config.sync
+    if sync.transport == "nccl" and config.trainer.num_gpus_per_rank == 0:
+        raise InvalidRequest(
+            "sync.transport", "nccl", "shared_memory for a trainer on CPU (trainer.num_gpus_per_rank = 0)"
+        )
     if not sync.partial_rollout and sync.in_flight is not InFlight.ABORT:
         raise InvalidRequest(
             "sync.partial_rollout",
@@ -138,8 +154,8 @@ def _trainer(config: RunConfig) -> None:
         )
     if config.sampling.temperature == 0:
         raise InvalidRequest("sampling.temperature", 0, "> 0: greedy members of a group are all the same")
-    if config.trainer.zero_stage not in (0, 1, 2, 3):
-        raise InvalidRequest("trainer.zero_stage", config.trainer.zero_stage, "0, 1, 2 or 3")
+    if config.trainer.zero_stage not in (1, 2, 3):  # without ZeRO, DeepSpeed reports no gradient norm in float32
+        raise InvalidRequest("trainer.zero_stage", config.trainer.zero_stage, "1, 2 or 3")
 
 
 def _workload(config: RunConfig) -> None:

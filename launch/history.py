@@ -21,7 +21,7 @@ class StepRecord:
         reward_std: Standard deviation of their rewards.
         length_mean, length_p95, length_max: Of the generated outputs.
         truncated_rate: Share that reached max_tokens.
-        num_trajectories, num_failed: Requested, and of them failed.
+        num_trajectories, num_failed: In the groups of the step, and of them failed.
         num_tokens: Generated.
         num_groups_filtered: Groups without a learning signal, left out.
         staleness_max: Largest number of versions between sampling and training of a token.

@@ -35,7 +35,7 @@ from launch.workload import Workload
 from rollout.client import RolloutClient
 from rollout.config import RunConfig
 from rollout.cursor import Cursor
-from rollout.errors import LongrollError
+from rollout.errors import CheckpointBroken, InvalidRequest, LongrollError
 from rollout.types import Group, SamplingParams
 
 
@@ -64,17 +64,15 @@ def train(config: RunConfig, run_dir: Path, monitor: Monitor) -> Summary:
             cursor = Cursor(
                 step=step,
                 version=trainers.version,
-                wandb_run_id=monitor.run_id,
                 data_cursor=cursor.data_cursor + num_requested(config),
             )
             is_last = step == config.trainer.num_steps
-            record = step_record(step, groups, metrics, report, times)
-            history.add(record)
-            monitor.step(record)
+            history.add(step_record(step, groups, metrics, report, times))
             if is_last or step % config.trainer.checkpoint_every == 0:
                 with timed(times, "save_s"), monitor.phase("save"):
                     trainers.save(cursor)
                 history.amend_save_s(times.save_s)
+            monitor.step(history.steps[-1])
 
         after = evaluate(config, client, workload, cursor.version, monitor)
         monitor.evaluation(after, "after", cursor.step)
@@ -132,10 +130,20 @@ def evaluate(
 def evaluation_before(
     config: RunConfig, run_dir: Path, client: RolloutClient, workload: Workload, cursor: Cursor, monitor: Monitor
 ) -> Evaluation:
-    """The held-out score of the first weights; a resumed run reads what it measured then."""
-    path = run_dir / "eval_before.json"
-    if cursor.step > 0 and path.is_file():
-        return Evaluation.load(path)
+    """The held-out score of the first weights; a resumed run reads what it measured then.
+
+    Raises:
+        CheckpointBroken: A resumed run no longer has it, and its weights can no longer give it.
+        InvalidRequest: It is of another number of problems, which could not be compared at the end.
+    """
+    path, wanted = run_dir / "eval_before.json", config.workload.eval_problems
+    if cursor.step > 0:
+        if not path.is_file():
+            raise CheckpointBroken(f"{path}: got no file, expected the held-out score from before step 1")
+        before = Evaluation.load(path)
+        if len(before.rewards) != wanted:
+            raise InvalidRequest("workload.eval_problems", wanted, f"{len(before.rewards)}, as when this run began")
+        return before
     before = evaluate(config, client, workload, cursor.version, monitor)
     before.save(path)
     monitor.evaluation(before, "before", cursor.step)

@@ -88,7 +88,11 @@ class EngineConfig:
             tensor_parallel_size=self.tensor_parallel_size,
             max_num_seqs=self.max_num_seqs,
             max_num_batched_tokens=self.max_num_batched_tokens,
+            distributed_timeout_s=self.distributed_timeout_s,
+            start_timeout_s=self.start_timeout_s,
         )
+        if self.kv_cache_bytes is not None:
+            _positive("engine", kv_cache_bytes=self.kv_cache_bytes)
 
 
 @dataclass(kw_only=True)
@@ -134,7 +138,7 @@ class SyncConfig:
     partial_rollout: bool = True  # after an abort, keep the tokens so far and continue under the new version
     recompute_kv: bool = True  # keep mode: re-prefill running sequences under the new weights
     bucket_bytes: int = 64 * 2**20  # largest piece gathered and sent at once; bounds extra memory on every rank
-    transport: str = "shared_memory"  # shared_memory (one host, CPU or GPU) or nccl (GPUs, vLLM's own engine)
+    transport: str = "shared_memory"  # shared_memory (one host, CPU or GPU) or nccl (GPUs of any hosts; not run so far)
     timeout_s: float = 120.0  # longest time one stage of a publication may take before it is refused
 
     def __post_init__(self) -> None:
@@ -149,7 +153,7 @@ class TrainerConfig:
 
     num_ranks: int = 2  # data-parallel ranks = Ray actors
     num_gpus_per_rank: float = 0.0  # GPUs of each rank; 0 = CPU with gloo
-    zero_stage: int = 3  # DeepSpeed ZeRO stage; 3 partitions parameters, gradients and optimizer
+    zero_stage: int = 3  # DeepSpeed ZeRO stage, 1 to 3; 3 partitions parameters, gradients and optimizer
     num_steps: int = 20  # optimizer steps of the run
     prompts_per_step: int = 16  # groups trained on in one step
     over_sampling_batch_size: int | None = (
@@ -191,6 +195,9 @@ class TrainerConfig:
             lr=self.lr,
             prompts_per_step=self.prompts_per_step,
             micro_batch_tokens=self.micro_batch_tokens,
+            clip_low=self.clip_low,
+            clip_high=self.clip_high,
+            tis_cap=self.tis_cap,
             checkpoint_every=self.checkpoint_every,
             keep_checkpoints=self.keep_checkpoints,
             start_timeout_s=self.start_timeout_s,

@@ -1,12 +1,13 @@
 """Where a run stands, apart from the weights: what a resumed run needs to repeat the rest exactly.
 
-Owns the record and its JSON form; knows nothing of what its owner puts into `extras`.
+Owns the record and its JSON form. Random state is not part of it: every seed derives from the run
+seed and the step or version (rollout.seeds, TrainerRank.train_step).
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,17 +18,11 @@ class Cursor:
         step: Training steps finished.
         version: Weight version of the checkpoint.
         data_cursor: Index of the next problem to use.
-        rng_state: State of whatever random generator the main loop owns, as text; None without one.
-        wandb_run_id: W&B run to continue.
-        extras: Numbers to carry over (evaluation before training, totals so far).
     """
 
     step: int
     version: int
     data_cursor: int
-    rng_state: str | None = None
-    wandb_run_id: str | None = None
-    extras: dict[str, float] = field(default_factory=dict)
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1, sort_keys=True)

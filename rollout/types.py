@@ -24,7 +24,7 @@ class FinishReason(str, Enum):
 
 
 class Status(str, Enum):
-    """Life of a trajectory. `PENDING` covers queued and running; the rest are final answers."""
+    """Life of a trajectory. `PENDING` covers queued and running; what has ended may still fail to be scored."""
 
     PENDING = "pending"
     COMPLETED = "completed"
@@ -117,7 +117,7 @@ class Chunk:
     """The unit of scheduling: continue one trajectory by at most `max_tokens` tokens.
 
     Attributes:
-        trajectory_id: Unique while in flight; "<group_id>/<sample_index>".
+        trajectory_id: Key of the trajectory under way, unique in the service: "<handle>:<group_id>/<sample_index>".
         token_ids: Prompt followed by the tokens generated so far.
         num_prompt_tokens: How many of `token_ids` are the prompt.
         max_tokens: Budget of this chunk.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 
 import pytest
 
@@ -23,6 +24,9 @@ os.environ.update(
     WANDB_MODE="offline",
     VLLM_NO_USAGE_STATS="1",
     DO_NOT_TRACK="1",
+    # One token for every Ray of the tests, chosen before Ray is imported: Ray caches the mode it first sees.
+    RAY_AUTH_MODE="token",
+    RAY_AUTH_TOKEN=secrets.token_hex(32),
 )
 
 

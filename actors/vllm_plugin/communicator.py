@@ -51,10 +51,11 @@ class ExpertParallelCpuCommunicator(CpuCommunicator):
     def reduce_scatterv(self, input_: torch.Tensor, dim: int = 0, sizes: list[int] | None = None) -> torch.Tensor:
         """Sum the ranks' tensors and return this rank's rows.
 
-        Every rank adds in rank order whatever its place, so the sum does not depend on the rank.
+        An all-reduce leaves the same bits on every rank, so a row does not depend on whose it is. With
+        more than two ranks the order of adding may depend on the row's place, as in any ring.
 
         Args:
-            input_: [sum(sizes), ...], the same shape on every rank.
+            input_: [sum(sizes), ...], the same shape on every rank; overwritten if it is contiguous.
             dim: Must be 0.
             sizes: Rows that belong to each rank; None for equal parts.
 

@@ -199,10 +199,10 @@ class Scheduler:
         else:
             self._on_ended_chunk(flight, result, now)
 
-    def on_chunk_failed(self, flight_id: str, kind: FailureKind, reason: str, now: float) -> None:
-        """Running this chunk failed for a reason that another engine would not cure."""
+    def on_chunk_failed(self, flight_id: str, shard: int, kind: FailureKind, reason: str, now: float) -> None:
+        """Running this chunk failed for a reason that another engine would not cure; see `on_chunk`."""
         flight = self._flights.get(flight_id)
-        if flight is None or flight.phase is not Phase.RUNNING:
+        if flight is None or flight.phase is not Phase.RUNNING or flight.shard != shard:
             self.counts.num_stale_results += 1
             return
         self._release(flight)

@@ -246,12 +246,17 @@ class Publisher:
         """Run one step on every receiver; raise SyncRefused unless all of them finished it."""
         results = await self._gather(call)
         faults = [
-            f"shard {rank}: {fault if str(fault) else type(fault).__name__}"
+            f"shard {rank}: {self._said(fault)}"
             for rank, fault in enumerate(results)
             if isinstance(fault, BaseException)
         ]
         if faults:
             raise SyncRefused(f"{step} failed on {len(faults)} of {len(results)} shards: {'; '.join(faults)}")
+
+    def _said(self, fault: BaseException) -> str:
+        if isinstance(fault, TimeoutError):
+            return f"no answer within sync.timeout_s = {self._config.timeout_s:g} s"
+        return str(fault) or type(fault).__name__
 
     async def _gather(self, call: Callable[[Receiver], Awaitable[None]]) -> list[object]:
         limited = (asyncio.wait_for(call(r), self._config.timeout_s) for r in self._receivers)

@@ -13,7 +13,7 @@ LARGE = ["qwen3_235b_rl_20k", "qwen3_235b_rl_32k", "qwen3_235b_serving"]
 COMPANY = {  # what a file cannot do without
     "engine/ep64_low_latency": ["cluster=h200_8x8"],
     "engine/ep64_high_throughput": ["cluster=h200_8x8"],
-    "sync/nccl": ["cluster=h200_8x8"],
+    "sync/nccl": ["cluster=h200_8x8", "trainer.num_gpus_per_rank=1"],
     "sampling/reasoning_20k": ["model.max_model_len=40960"],
     "sampling/reasoning_32k": ["model.max_model_len=40960"],
 }
@@ -45,7 +45,8 @@ def test_overrides_reach_their_fields() -> None:
     assert config.trainer.lr == 1e-4
     assert config.sync.in_flight is InFlight.ABORT
     assert config.engine.vllm == {"seed": 7, "compilation_config": {"mode": 0}}
-    assert config.workload.task_options == {"max_terms": 4}
+    defaults = compose(["experiment=tiny_grpo"]).workload.task_options
+    assert config.workload.task_options == defaults | {"max_terms": 4} != defaults, "dictionaries merge, as in Hydra"
     assert config.engine.kv_cache_bytes is None
     assert isinstance(config.trainer.betas, tuple)
 
@@ -75,6 +76,11 @@ def test_overrides_reach_their_fields() -> None:
         ("trainer.kl_coef=0.1", "reference"),
         ("workload.reward=none", "reward"),
         ("cluster.placement_strategy=ANY", "PACK"),
+        ("cluster.placement_strategy=SPREAD", "no effect"),
+        ("cluster.num_nodes=2", "no effect"),
+        ("engine.kv_cache_bytes=0", "kv_cache_bytes"),
+        ("trainer.zero_stage=0", "1, 2 or 3"),
+        ("trainer.tis_cap=0", "tis_cap"),
     ],
 )
 def test_a_mistake_is_named(override: str, said: str) -> None:

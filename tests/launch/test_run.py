@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 import signal
 import socket
 import subprocess
@@ -32,11 +31,7 @@ OVERRIDES = [
     "monitor.picture=false",
 ]
 TIMEOUT_S = 600
-CLUSTER_ENVIRONMENT = {
-    "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",  # as with the environment activated
-    "RAY_AUTH_MODE": "token",
-    "RAY_AUTH_TOKEN": secrets.token_hex(32),  # of the test's own cluster
-}
+ACTIVATED = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}  # as with the environment activated
 
 
 def free_ports(count: int) -> list[int]:
@@ -72,9 +67,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         *(f"--temp-dir={folder}", "--disable-usage-stats"),
     ]
     with (tmp_path_factory.mktemp("ray") / "head.log").open("w") as log:
-        head = subprocess.Popen(
-            command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=os.environ | CLUSTER_ENVIRONMENT
-        )
+        head = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=os.environ | ACTIVATED)
     try:
         deadline = time.monotonic() + 120
         while True:
@@ -104,7 +97,7 @@ def job_run_dir(cluster: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
             *("python", "-m", "launch.train", *OVERRIDES, f"run_dir={run_dir}"),
         ],
         cwd=ROOT,
-        env=os.environ | CLUSTER_ENVIRONMENT,
+        env=os.environ | ACTIVATED,
         capture_output=True,
         text=True,
         timeout=TIMEOUT_S,

@@ -211,6 +211,9 @@ def test_engine_death_retries_elsewhere_then_fails_with_the_reason():
     scheduler.on_shard_death(dispatch.shard, "killed", 0.0)
     [again] = scheduler.next_dispatches(0.0)
     assert again.shard != dispatch.shard and again.chunk.token_ids == dispatch.chunk.token_ids
+    flight_id = dispatch.chunk.trajectory_id  # a late word of the dead shard is not about the chunk that runs now
+    scheduler.on_chunk_failed(flight_id, dispatch.shard, FailureKind.ENGINE_ERROR, "too late", 0.0)
+    assert scheduler.counts.num_stale_results == 1 and scheduler.running_on(again.shard) == [flight_id]
     scheduler.on_shard_death(again.shard, "killed too", 0.0)
     [finished] = scheduler.take_finished()
     [trajectory] = finished.group.trajectories
