@@ -23,6 +23,7 @@ lint: setup
 	$(PY) -m mypy
 
 demo: setup
+	rm -rf runs/demo
 	$(PY) -m launch.train experiment=tiny_grpo run_dir=runs/demo
 
 doctor: setup

@@ -63,6 +63,7 @@ class Controller:
     ) -> None:
         self._config, self._sync = config, sync
         self._shards = {info.rank: shard for info, shard in zip(infos, shards, strict=True)}
+        self._groups = {info.rank: info.group for info in infos}
         self._limits = ModelLimits(
             vocab_size=min(info.vocab_size for info in infos), max_model_len=min(info.max_model_len for info in infos)
         )
@@ -268,9 +269,12 @@ class Controller:
 
     def _on_shard_death(self, rank: int, reason: str) -> None:
         """Seam for a supervisor: it may start the shard anew and call Scheduler.on_shard_restart."""
-        if rank in self._scheduler.live_shards:
-            logger.error("shard %d is dead: %s", rank, reason)
-            self._scheduler.on_shard_death(rank, reason, time.monotonic())
+        if rank not in self._scheduler.live_shards:
+            return
+        logger.error("shard %d is dead, and its expert-parallel group with it: %s", rank, reason)
+        for peer in self._scheduler.live_shards:
+            if self._groups[peer] == self._groups[rank]:
+                self._scheduler.on_shard_death(peer, reason, time.monotonic())
 
     async def _publication_step(self, step: Coroutine[Any, Any, Any]) -> Any:
         try:

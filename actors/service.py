@@ -23,6 +23,7 @@ from rollout.errors import EngineDead, InvalidRequest, LongrollError, ServiceLos
 from rollout.fleet import Rendezvous, ShardInfo
 from rollout.remote import client_error
 from rollout.sync.checkpoint_names import checkpoint_specs
+from rollout.sync.segments import sweep
 
 logger = logging.getLogger(__name__)
 CONTROLLER_NAME = "longroll-controller"
@@ -93,6 +94,9 @@ def start_service(
         EngineDead: A shard did not start, with its reason.
     """
     serving = checkpoint_specs(model.path, model.dtype)
+    num_stale = sweep()
+    if num_stale:
+        logger.info("removed %d shared-memory segments of writers that are gone", num_stale)
     ensure_ray(cluster)
     _check_name_is_free(cluster.namespace)
     check_resources(engine, cluster)

@@ -198,7 +198,8 @@ class Shard:
 
     async def stage(self, ref: BucketRef) -> None:
         """Copy a bucket aside on every worker and check its digests. Raises SyncRefused on a fault."""
-        outcomes = await self._rpc("longroll_stage", ref.to_json())
+        call = self._engine.collective_rpc("longroll_stage", args=(ref.to_json(),))
+        outcomes = await self._call(call, self._sync.timeout_s)
         await self._until_done(
             outcomes, lambda: self._rpc("longroll_stage_outcome", ref.version), f"bucket {ref.index} of {ref.version}"
         )
@@ -244,17 +245,20 @@ class Shard:
     async def pause(self, mode: InFlight) -> None:
         """Stop decoding; returns once this rank and its peers have stopped."""
         clear_cache = mode is not InFlight.KEEP or self._sync.recompute_kv
-        timeout_s = self._sync.timeout_s
+        timeout_s = self._sync.pause_timeout_s(mode)
         await self._call(self._engine.pause_generation(mode=mode.value, clear_cache=clear_cache), timeout_s)
 
     async def apply(self, version: int) -> None:
         """Load the staged version; only while paused, on all ranks together."""
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 
-        await self._call(self._engine.start_weight_update())
-        await self._call(self._engine.update_weights(WeightTransferUpdateRequest(update_info={"version": version})))
-        await self._call(self._engine.finish_weight_update(str(version)))
+        timeout_s = self._sync.timeout_s
+        request = WeightTransferUpdateRequest(update_info={"version": version})
+        await self._call(self._engine.start_weight_update(), timeout_s)
+        await self._call(self._engine.update_weights(request), timeout_s)
+        await self._call(self._engine.finish_weight_update(str(version)), timeout_s)
         self._version = version
+        self._stats.kv_usage_max = 0.0
 
     async def resume(self) -> None:
         """Decode again."""
@@ -268,6 +272,7 @@ class Shard:
             num_running=last.num_running_reqs,
             num_waiting=last.num_waiting_reqs,
             kv_usage=last.kv_cache_usage,
+            kv_usage_max=self._stats.kv_usage_max,
             num_tokens_generated=self._num_tokens,
             num_preemptions=self._stats.num_preemptions,
         )

@@ -15,6 +15,7 @@ class LastStats:
     def __init__(self) -> None:
         self.last = SchedulerStats()
         self.num_preemptions = 0
+        self.kv_usage_max = 0.0  # since the weights last changed
 
     def factory(self, vllm_config: VllmConfig, engine_index: int = 0) -> StatLoggerBase:
         """A vLLM stat-logger factory."""
@@ -34,6 +35,7 @@ class _Recorder(StatLoggerBase):
     ) -> None:
         if scheduler_stats is not None:
             self._target.last = scheduler_stats
+            self._target.kv_usage_max = max(self._target.kv_usage_max, scheduler_stats.kv_cache_usage)
         if iteration_stats is not None:
             self._target.num_preemptions += iteration_stats.num_preempted_reqs
 

@@ -1,8 +1,8 @@
 """A trainer rank: one DeepSpeed data-parallel rank in one Ray actor.
 
 Owns the engine process of its rank. It knows nothing of groups, rewards, files' protocol or the other
-actors: it is handed micro-batches whose tokens carry their weight in the global loss, does one
-optimizer step, and takes part in gathers and checkpoints as `TrainerGroup` tells all ranks together.
+actors: it is handed mini-batches whose tokens carry their weight in the global loss, does one
+optimizer step on each, and takes part in gathers and checkpoints as `TrainerGroup` tells all ranks together.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from actors.trainer_model import (
 )
 from actors.transport import make_transport
 from actors.weight_source import ControllerReceiver, WeightSource, weights_digest
-from rollout.batch import MicroBatch
+from rollout.batch import MicroBatch, MiniBatch
 from rollout.checkpoints import CheckpointDir
 from rollout.config import ModelConfig, Reference, SyncConfig, TrainerConfig
 from rollout.errors import CheckpointBroken, InvalidRequest, LongrollError
 from rollout.fleet import Rendezvous, SyncReport
-from rollout.loss import importance_weights, policy_loss, selected_logprobs
+from rollout.loss import importance_weights, policy_loss, ratio_base, selected_logprobs
 from rollout.mismatch import measure
 from rollout.train_metrics import StepSums
 
@@ -41,7 +41,7 @@ RANK_FILE = re.compile(r"zero_pp_rank_(\d+)_")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepResult:
-    """Global sums of a step (the same on every rank), and the gradient norm before clipping."""
+    """Global sums of a step (the same on every rank), and its updates' largest gradient norm before clipping."""
 
     sums: StepSums
     grad_norm: float
@@ -107,39 +107,58 @@ class TrainerRank:
             self._reference, *_ = deepspeed.initialize(model=frozen, config=ds_reference)
             restore_rotary_frequencies(frozen)
 
-    def train_step(self, batches: list[MicroBatch], lr: float, num_batch_tokens: int, version: int) -> StepResult:
-        """Accumulate the gradient of the micro-batches and step once.
+    def train_step(self, updates: list[MiniBatch], lr: float, version: int) -> StepResult:
+        """Take one optimizer step on each mini-batch, in turn.
 
         Args:
-            batches: This rank's share, the same number on every rank.
-            lr: Step size.
-            num_batch_tokens: Tokens of the global batch, prompts included (share of the router loss).
-            version: Weight version after the step; seeds the random state, so that a resumed run
+            updates: This rank's shares, the same number on every rank.
+            lr: Step size of all of them.
+            version: Weight version after the last; seeds the random state, so that a resumed run
                 repeats it.
 
         Raises:
-            LongrollError: On every rank, before the weights change, when the loss is not finite.
+            LongrollError: On every rank, before that update changes the weights, when a loss is not finite.
         """
         torch.manual_seed(self._config.seed * 1_000_003 + version * self._config.num_ranks + self._rank)
+        starts = self._start_logprobs(updates)
         self._engine.train()
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
+        done = [self._update(mini, start, version) for mini, start in zip(updates, starts, strict=True)]
+        return StepResult(
+            sums=StepSums.over_updates([result.sums for result in done]),
+            grad_norm=max(result.grad_norm for result in done),
+        )
+
+    def _start_logprobs(self, updates: list[MiniBatch]) -> list[list[torch.Tensor | None]]:
+        """Log-probabilities of every micro-batch before the first update.
+
+        None in the first mini-batch: its own forwards are by that policy still.
+        """
+        self._engine.eval()
+        with torch.no_grad():
+            later = [[self._logprobs(self._engine, batch)[0] for batch in mini.batches] for mini in updates[1:]]
+        return [[None] * len(updates[0].batches), *later]
+
+    def _update(self, mini: MiniBatch, starts: list[torch.Tensor | None], version: int) -> StepResult:
         local = StepSums()
-        for batch in batches:
-            loss = self._micro_batch_loss(batch, num_batch_tokens, local)
+        for batch, start in zip(mini.batches, starts, strict=True):
+            loss = self._micro_batch_loss(batch, start, mini.num_tokens, local)
             # DeepSpeed divides the summed gradient by the number of ranks; the weights of the tokens
-            # already are those of the global batch.
+            # already are those of the mini-batch over all ranks.
             self._engine.backward(loss * self._config.num_ranks)
         sums = self._reduce(local)
         if not torch.isfinite(sums.to_tensor()).all():
-            raise LongrollError(f"version {version}: got a loss that is not finite ({sums}); no step was taken")
+            raise LongrollError(f"version {version}: got a loss that is not finite ({sums}); no step was taken on it")
         self._engine.step()
         grad_norm = float(self._engine.get_global_grad_norm())
         if not grad_norm < float("inf"):
             raise LongrollError(f"version {version}: gradient norm {grad_norm}, the weights are lost")
         return StepResult(sums=sums, grad_norm=grad_norm)
 
-    def _micro_batch_loss(self, batch: MicroBatch, num_batch_tokens: int, sums: StepSums) -> torch.Tensor:
+    def _micro_batch_loss(
+        self, batch: MicroBatch, start: torch.Tensor | None, num_update_tokens: int, sums: StepSums
+    ) -> torch.Tensor:
         config = self._config
         weights = batch.weights.to(self._device)
         sampling = batch.sampling_logprobs.to(self._device)
@@ -149,11 +168,12 @@ class TrainerRank:
             with torch.no_grad():
                 reference, _ = self._logprobs(self._reference, batch)
         logprobs, aux_loss = self._logprobs(self._engine, batch)
-        old = logprobs.detach()  # one update a batch: the policy that is updated is the old one
-        tis = importance_weights(old, sampling, config.tis_cap) if config.use_tis else None
+        if start is None:
+            start = logprobs.detach()
+        tis = importance_weights(start, sampling, config.tis_cap) if config.use_tis else None
         terms = policy_loss(
             logprobs,
-            old,
+            ratio_base(start, sampling, use_tis=config.use_tis),
             batch.advantages.to(self._device),
             weights,
             clip_low=config.clip_low,
@@ -162,14 +182,14 @@ class TrainerRank:
             reference_logprobs=reference,
             kl_coef=config.kl_coef,
         )
-        sums.add(terms, measure(old, sampling, is_trained))
-        sums.neg_logprob -= float(old[is_trained].sum())
+        sums.add(terms, measure(start, sampling, is_trained))
+        sums.neg_logprob -= float(start[is_trained].sum())
         sums.tis_weight += float(is_trained.sum() if tis is None else tis[is_trained].sum())
         sums.tis_capped += 0.0 if tis is None else float((tis[is_trained] >= config.tis_cap).sum())
         if aux_loss is None:
             return terms.loss
         # The load-balancing loss is not a sum over tokens; each micro-batch counts by its share of them.
-        share = float(batch.lengths.sum()) / num_batch_tokens if bool(is_trained.any()) else 0.0
+        share = float(batch.lengths.sum()) / num_update_tokens if bool(is_trained.any()) else 0.0
         aux_loss = aux_loss * (config.router_aux_loss_coef * share)
         sums.router_aux_loss += float(aux_loss.detach())
         return terms.loss + aux_loss
@@ -206,7 +226,7 @@ class TrainerRank:
         if self._controller is None:
             raise InvalidRequest("publish", "a trainer without a controller", "one that serves engines")
         if self._source is None:  # kept: its transport stays open
-            receiver = ControllerReceiver(self._controller, self._sync.timeout_s)
+            receiver = ControllerReceiver(self._controller, 2 * self._sync.publication_timeout_s)
             transport = make_transport(self._sync, receiver, ray.util.get_node_ip_address(), self._device)
             self._source = WeightSource(self._engine.module, self._model.dtype, self._sync, receiver, transport)
         return self._source.publish(version)

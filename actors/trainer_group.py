@@ -18,7 +18,7 @@ from ray.actor import ActorHandle
 from ray.exceptions import RayActorError, RayTaskError
 
 from actors.trainer import Continuation, StepResult, TrainerRank
-from rollout.batch import plan_ranks, select
+from rollout.batch import plan_updates, select
 from rollout.checkpoints import CheckpointDir
 from rollout.config import ClusterConfig, ModelConfig, SamplingConfig, SyncConfig, TrainerConfig
 from rollout.cursor import Cursor
@@ -99,7 +99,7 @@ class TrainerGroup:
             trainer,
             sampling,
             checkpoints,
-            publish_timeout_s=trainer.distributed_timeout_s + sync.timeout_s,
+            publish_timeout_s=trainer.distributed_timeout_s + 2 * sync.publication_timeout_s,
             has_controller=controller is not None,
         )
         try:
@@ -116,9 +116,9 @@ class TrainerGroup:
         return self._version
 
     def train_step(self, groups: Sequence[Group]) -> TrainMetrics:
-        """One optimizer step over finished groups.
+        """Train on finished groups: updates_per_batch optimizer steps, one new version.
 
-        The version rises by one whatever happens, also when nothing was left to train on, so that
+        The version rises by one whatever happens, however many optimizer steps that were, also when nothing was left to train on, so that
         steps, versions and data stay aligned.
 
         Raises:
@@ -132,12 +132,8 @@ class TrainerGroup:
         version = self._version + 1
         result = StepResult(sums=StepSums(), grad_norm=0.0)
         if selection.samples:
-            plans = plan_ranks(selection.samples, config.num_ranks, config.micro_batch_tokens)
-            num_tokens = sum(sample.num_tokens for sample in selection.samples)
-            refs = [
-                rank.train_step.remote(plan, lr, num_tokens, version)
-                for rank, plan in zip(self._ranks, plans, strict=True)
-            ]
+            plans = plan_updates(selection.samples, config, self._sampling.max_tokens)
+            refs = [rank.train_step.remote(plan, lr, version) for rank, plan in zip(self._ranks, plans, strict=True)]
             result = self._wait(refs, config.distributed_timeout_s, f"step to version {version}")[0]
         else:
             logger.warning("version %d: no trajectory left to train on, weights unchanged", version)

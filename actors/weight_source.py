@@ -45,13 +45,13 @@ class ControllerReceiver:
 
     Args:
         controller: Its handle.
-        timeout_s: Longest wait for one call. The controller's own limits are of the same size, so it
-            is given twice that before it is taken for dead.
+        timeout_s: Longest wait for one call; more than the controller's own limits add up to, so that
+            it is never taken for dead while it is still at it.
     """
 
     def __init__(self, controller: ActorHandle, timeout_s: float) -> None:
         self._controller = controller
-        self._timeout_s = 2 * timeout_s
+        self._timeout_s = timeout_s
 
     def num_workers(self) -> int:
         num_workers: int = ray.get(self._controller.num_workers.remote(), timeout=self._timeout_s)

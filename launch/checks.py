@@ -121,6 +121,13 @@ def _sync(config: RunConfig) -> None:
         raise InvalidRequest(
             "sync.transport", "nccl", "shared_memory for a trainer on CPU (trainer.num_gpus_per_rank = 0)"
         )
+    if sync.in_flight is InFlight.WAIT and sync.drain_timeout_s >= config.trainer.distributed_timeout_s:
+        raise InvalidRequest(
+            "sync.drain_timeout_s",
+            sync.drain_timeout_s,
+            f"less than trainer.distributed_timeout_s = {config.trainer.distributed_timeout_s:g}, "
+            "the time for which the other trainer ranks wait for the sender",
+        )
     if not sync.partial_rollout and sync.in_flight is not InFlight.ABORT:
         raise InvalidRequest(
             "sync.partial_rollout",

@@ -29,6 +29,9 @@ class StepRecord:
         stall_s: Time in which no shard decoded because of the sync.
         mismatch_kl: Sampling against training log-probabilities, mean over tokens.
         loss, grad_norm, clip_fraction, entropy, lr: Of the policy update.
+        reference_kl: KL of the policy to its reference, mean over tokens; 0 without one.
+        tis_weight_mean, tis_capped_fraction: Of the truncated importance weights.
+        kv_usage_max: Largest share of a shard's KV cache in use during the step.
         is_skipped: Nothing was left to train on; the weights stayed as they were.
         trajectories_digest: Of all tokens of the step; equal digests mean equal trajectories.
     """
@@ -58,6 +61,10 @@ class StepRecord:
     clip_fraction: float
     entropy: float
     lr: float
+    reference_kl: float
+    tis_weight_mean: float
+    tis_capped_fraction: float
+    kv_usage_max: float
     is_skipped: bool
     trajectories_digest: str
 

@@ -34,7 +34,12 @@ def trajectories_digest(trajectories: Sequence[Trajectory]) -> str:
 
 
 def step_record(
-    step: int, groups: list[Group], metrics: TrainMetrics, report: SyncReport, times: StepTimes
+    step: int,
+    groups: list[Group],
+    metrics: TrainMetrics,
+    report: SyncReport,
+    times: StepTimes,
+    kv_usage_max: float,
 ) -> StepRecord:
     """Describe a finished step.
 
@@ -44,6 +49,7 @@ def step_record(
         metrics: What the trainer says.
         report: What the sync says; the version before it is the one that was sampled.
         times: Wall time of the parts.
+        kv_usage_max: Largest share of a KV cache in use.
 
     Raises:
         LongrollError: If no trajectory was scored: there is no reward to report, and nothing was learnt.
@@ -85,6 +91,10 @@ def step_record(
         clip_fraction=metrics.clip_fraction,
         entropy=metrics.entropy,
         lr=metrics.lr,
+        reference_kl=metrics.reference_kl,
+        tis_weight_mean=metrics.tis_weight_mean,
+        tis_capped_fraction=metrics.tis_capped_fraction,
+        kv_usage_max=kv_usage_max,
         is_skipped=metrics.is_skipped,
         trajectories_digest=trajectories_digest(trajectories),
     )

@@ -29,6 +29,7 @@ from launch.evaluation import Evaluation, evaluation_of
 from launch.history import History
 from launch.monitor import Monitor
 from launch.picture import draw
+from launch.resume import check_same_run
 from launch.step_statistics import StepTimes, step_record
 from launch.summary import Summary, summarise
 from launch.workload import Workload
@@ -57,6 +58,7 @@ def train(config: RunConfig, run_dir: Path, monitor: Monitor) -> Summary:
             times = StepTimes()
             with timed(times, "rollout_s"):
                 groups = rollout(config, client, workload, step, cursor.data_cursor, monitor)
+            kv_usage_max = max((s.kv_usage_max for s in client.stats().shards), default=0.0)
             with timed(times, "train_s"), monitor.phase("train"):
                 metrics = trainers.train_step(groups)
             with timed(times, "sync_s"), monitor.phase("sync"):
@@ -67,7 +69,7 @@ def train(config: RunConfig, run_dir: Path, monitor: Monitor) -> Summary:
                 data_cursor=cursor.data_cursor + num_requested(config),
             )
             is_last = step == config.trainer.num_steps
-            history.add(step_record(step, groups, metrics, report, times))
+            history.add(step_record(step, groups, metrics, report, times, kv_usage_max))
             if is_last or step % config.trainer.checkpoint_every == 0:
                 with timed(times, "save_s"), monitor.phase("save"):
                     trainers.save(cursor)
@@ -208,6 +210,7 @@ def run(config: RunConfig) -> int:
     model_directory(config.model.path)
     config.model.path = model_path(config.model.path)
     run_dir = run_directory(config.run_dir)
+    check_same_run(config, run_dir)
     (run_dir / "config.yaml").write_text(to_yaml(config))
     settings: Any = OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
     monitor = Monitor(config.monitor, run_dir, settings, config.trainer.num_steps)

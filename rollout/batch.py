@@ -1,7 +1,7 @@
 """From finished groups to padded micro-batches for every rank.
 
-Owns which trajectories are trained on, their advantages and loss weights, and how they are packed
-and dealt out. Knows nothing of models, optimizers or how ranks talk. The result depends on the set of
+Owns which trajectories are trained on, their advantages and loss weights, and how they are cut into
+mini-batches (one optimizer step each), dealt to ranks and packed into micro-batches (one forward each). Knows nothing of models, optimizers or how ranks talk. The result depends on the set of
 groups, not on their order of arrival.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -28,7 +28,8 @@ class Sample:
     Attributes:
         trajectory: The tokens, their sampling log-probabilities and mask.
         advantage: Of every token.
-        weight: Of each trained token in the loss of the global batch.
+        weight: Of each trained token in the loss of the samples it was normalised with: the whole batch
+            after `select`, its mini-batch after `mini_batches`.
     """
 
     trajectory: Trajectory
@@ -39,6 +40,10 @@ class Sample:
     def num_tokens(self) -> int:
         """Prompt and output."""
         return len(self.trajectory.prompt_token_ids) + len(self.trajectory.token_ids)
+
+    @property
+    def num_trained_tokens(self) -> int:
+        return sum(self.trajectory.loss_mask)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,6 +93,19 @@ class MicroBatch:
     @property
     def targets(self) -> torch.Tensor:
         return self.input_ids[:, self.first_target :]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MiniBatch:
+    """A rank's share of what one optimizer step is taken on.
+
+    Attributes:
+        batches: The same number on every rank.
+        num_tokens: Tokens of all ranks' shares, prompts included (share of the router loss).
+    """
+
+    batches: tuple[MicroBatch, ...]
+    num_tokens: int
 
 
 def check_trajectory(trajectory: Trajectory) -> None:
@@ -160,6 +178,24 @@ def deal(samples: Sequence[Sample], num_ranks: int) -> list[list[Sample]]:
     return hands
 
 
+def mini_batches(samples: Sequence[Sample], config: TrainerConfig, max_tokens: int) -> list[list[Sample]]:
+    """Cut a batch into what each optimizer step is taken on, with weights normalised over the mini-batch.
+
+    Samples are dealt by length, so that every mini-batch has its share of long and short ones. With
+    fewer samples than updates_per_batch there is one mini-batch for each.
+
+    Args:
+        samples: Trained trajectories, longest first; at least one.
+        config: Number of updates and aggregation.
+        max_tokens: As in `select`.
+    """
+    parts = []
+    for hand in deal(samples, min(config.updates_per_batch, len(samples))):
+        weights = token_weights([s.num_trained_tokens for s in hand], config.loss_aggregation, max_tokens)
+        parts.append([replace(sample, weight=weight) for sample, weight in zip(hand, weights, strict=True)])
+    return parts
+
+
 def cut(samples: Sequence[Sample], micro_batch_tokens: int) -> list[list[Sample]]:
     """Cut samples, longest first, so that count × longest ≤ micro_batch_tokens (a longer one goes alone)."""
     batches: list[list[Sample]] = []
@@ -215,3 +251,14 @@ def plan_ranks(samples: Sequence[Sample], num_ranks: int, micro_batch_tokens: in
     ranks = [[pad(part) for part in cut(hand, micro_batch_tokens)] for hand in deal(samples, num_ranks)]
     most = max(len(batches) for batches in ranks)
     return [batches + [empty_micro_batch() for _ in range(most - len(batches))] for batches in ranks]
+
+
+def plan_updates(samples: Sequence[Sample], config: TrainerConfig, max_tokens: int) -> list[list[MiniBatch]]:
+    """The mini-batches of every rank, in the order of the optimizer steps; the same number on each rank."""
+    ranks: list[list[MiniBatch]] = [[] for _ in range(config.num_ranks)]
+    for part in mini_batches(samples, config, max_tokens):
+        num_tokens = sum(sample.num_tokens for sample in part)
+        plans = plan_ranks(part, config.num_ranks, config.micro_batch_tokens)
+        for rank, batches in zip(ranks, plans, strict=True):
+            rank.append(MiniBatch(batches=tuple(batches), num_tokens=num_tokens))
+    return ranks

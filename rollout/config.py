@@ -140,11 +140,25 @@ class SyncConfig:
     bucket_bytes: int = 64 * 2**20  # largest piece gathered and sent at once; bounds extra memory on every rank
     transport: str = "shared_memory"  # shared_memory (one host, CPU or GPU) or nccl (GPUs of any hosts; not run so far)
     timeout_s: float = 120.0  # longest time one stage of a publication may take before it is refused
+    drain_timeout_s: float = (
+        300.0  # wait mode: longest time to finish what is running; below trainer.distributed_timeout_s
+    )
 
     def __post_init__(self) -> None:
-        _positive("sync", bucket_bytes=self.bucket_bytes, timeout_s=self.timeout_s)
+        _positive(
+            "sync", bucket_bytes=self.bucket_bytes, timeout_s=self.timeout_s, drain_timeout_s=self.drain_timeout_s
+        )
         if self.transport not in ("shared_memory", "nccl"):
             raise InvalidRequest("sync.transport", self.transport, "shared_memory or nccl")
+
+    def pause_timeout_s(self, mode: InFlight) -> float:
+        """Longest time until all shards have stopped."""
+        return self.drain_timeout_s if mode is InFlight.WAIT else self.timeout_s
+
+    @property
+    def publication_timeout_s(self) -> float:
+        """Longest time any one message of a publication may take, as a sum over its stages."""
+        return self.pause_timeout_s(self.in_flight) + 3 * self.timeout_s
 
 
 @dataclass(kw_only=True)
@@ -165,6 +179,9 @@ class TrainerConfig:
     weight_decay: float = 0.0  # AdamW
     max_grad_norm: float = 1.0  # gradient clipping
     micro_batch_tokens: int = 8192  # padded tokens of one forward/backward on one rank; bounds activation memory
+    # Optimizer steps on one batch of groups: it is cut into that many mini-batches of whole trajectories. The ratio
+    # is to the policy before the first of them, so with 1 and use_tis it is 1 and clipping has no effect.
+    updates_per_batch: int = 1
     clip_low: float = 0.2  # the ratio is clipped to [1 - clip_low, 1 + clip_high]
     clip_high: float = 0.28  # larger than clip_low = DAPO's clip-higher
     loss_aggregation: LossAggregation = LossAggregation.TOKEN_MEAN  # normalisation of the loss by length
@@ -172,8 +189,10 @@ class TrainerConfig:
     dynamic_filtering: bool = True  # leave out groups whose rewards are all equal; they are counted
     kl_reference: Reference = Reference.NONE  # model of the KL penalty
     kl_coef: float = 0.0  # weight of the KL penalty; > 0 needs a reference
-    use_tis: bool = True  # truncated importance sampling between sampling and training log-probabilities
-    tis_cap: float = 2.0  # its cap
+    # Truncated importance sampling between sampling and training log-probabilities. false = PPO and GRPO as published:
+    # no weight, the ratio itself is to the sampling log-probabilities, and clipping acts with one update too.
+    use_tis: bool = True
+    tis_cap: float = 2.0  # its cap; unused without use_tis
     router_aux_loss_coef: float = 0.0  # weight of the router's load-balancing loss
     seed: int = 0  # run seed: prompts, rollouts and initial state derive from it
     checkpoint_every: int = 5  # optimizer steps between checkpoints; the last step is always saved
@@ -195,6 +214,7 @@ class TrainerConfig:
             lr=self.lr,
             prompts_per_step=self.prompts_per_step,
             micro_batch_tokens=self.micro_batch_tokens,
+            updates_per_batch=self.updates_per_batch,
             clip_low=self.clip_low,
             clip_high=self.clip_high,
             tis_cap=self.tis_cap,

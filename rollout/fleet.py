@@ -19,6 +19,7 @@ class ShardInfo:
 
     Attributes:
         rank: Data-parallel rank in its expert-parallel group.
+        group: Which group; the ranks of one wait for each other in collectives, so they die together.
         num_experts: Routed experts of a layer; 0 for a dense model.
         num_local_experts: How many of them this shard's workers hold together.
         kv_tokens: Tokens that its KV cache holds.
@@ -33,12 +34,13 @@ class ShardInfo:
     kv_tokens: int
     vocab_size: int
     max_model_len: int
+    group: int = 0
     num_workers: int = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardStats:
-    """A shard at one moment. `kv_usage` is a share of the KV cache in [0, 1]."""
+    """A shard at one moment. `kv_usage` is a share of the KV cache, `kv_usage_max` its peak since the last sync."""
 
     rank: int
     version: int
@@ -47,6 +49,7 @@ class ShardStats:
     kv_usage: float
     num_tokens_generated: int
     num_preemptions: int
+    kv_usage_max: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

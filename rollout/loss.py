@@ -2,7 +2,14 @@
 
 Owns advantages, loss weights, the clipped surrogate, truncated importance sampling and the KL
 penalty. Knows nothing of models, ranks or micro-batches: every token carries its weight in the loss
-of the whole global batch, so summing over any split of the batch gives the same loss and gradient.
+of the whole mini-batch (what one optimizer step is taken on, over all ranks), so summing over any split
+of it gives the same loss and gradient.
+
+Two forms of the ratio, chosen by the caller (`ratio_base`):
+
+- decoupled, with truncated importance sampling: the ratio is to the policy before the first update of
+  the batch, and the gap between that policy and the sampled one is a weight min(exp(gap), cap);
+- classical, without: the ratio is to the sampling log-probabilities, as PPO and GRPO are published.
 
 Sources: GRPO, arXiv 2402.03300; PPO clipping, arXiv 1707.06347; clip-higher and token mean (DAPO),
 arXiv 2503.14476; fixed length and no standard deviation (Dr. GRPO), arXiv 2503.20783; truncated
@@ -22,6 +29,7 @@ import torch
 from rollout.config import LossAggregation
 
 STD_EPSILON = 1e-6
+MAX_LOG_RATIO = 20.0  # beyond ±20 the ratio is held, without gradient: exp must not overflow (inf · 0 is not a number)
 
 
 def group_advantages(rewards: Sequence[float], *, normalise_std: bool) -> list[float]:
@@ -44,10 +52,10 @@ def group_advantages(rewards: Sequence[float], *, normalise_std: bool) -> list[f
 
 
 def token_weights(num_tokens: Sequence[int], aggregation: LossAggregation, max_tokens: int) -> list[float]:
-    """Weight of each trained token of every sequence in the loss of the whole batch.
+    """Weight of each trained token of every sequence in the loss of one optimizer step.
 
     Args:
-        num_tokens: Trained tokens of each sequence of the global batch, each ≥ 1.
+        num_tokens: Trained tokens of each sequence of the step's mini-batch, over all ranks; each ≥ 1.
         aggregation: Token mean, sequence mean, or fixed length.
         max_tokens: Divisor of the fixed-length mode: the longest output allowed.
 
@@ -79,8 +87,22 @@ def selected_logprobs(logits_BTV: torch.Tensor, targets_BT: torch.Tensor, temper
     return chosen - torch.logsumexp(scaled, dim=-1)
 
 
+def ratio_base(start_logprobs: torch.Tensor, sampling_logprobs: torch.Tensor, *, use_tis: bool) -> torch.Tensor:
+    """Log-probabilities of the policy that the ratio and its clipping refer to.
+
+    Args:
+        start_logprobs: float32 [B, T], of the training policy before the first update of the batch.
+        sampling_logprobs: float32 [B, T], as the engine reported them.
+        use_tis: Importance weights correct for sampling, so the ratio is to the former; else to the latter.
+    """
+    return start_logprobs.detach() if use_tis else sampling_logprobs
+
+
 def importance_weights(train_logprobs: torch.Tensor, sampling_logprobs: torch.Tensor, cap: float) -> torch.Tensor:
-    """Truncated importance weight min(exp(train − sampling), cap), without gradient."""
+    """Truncated importance weight min(exp(train − sampling), cap), without gradient.
+
+    `train_logprobs` are those of the policy before the first update of the batch.
+    """
     return torch.exp(train_logprobs.detach() - sampling_logprobs).clamp(max=cap)
 
 
@@ -97,8 +119,8 @@ class LossTerms:
     """The loss of one micro-batch, and sums over its trained tokens for the metrics.
 
     Attributes:
-        loss: Scalar with gradient: this micro-batch's share of the global loss.
-        ratio_sum: Sum of the policy ratios (equals the token count before any inner update).
+        loss: Scalar with gradient: this micro-batch's share of the loss of the optimizer step.
+        ratio_sum: Sum of the policy ratios.
         clipped_sum: Tokens whose gradient the clip removed.
         kl_sum: Sum of the k3 estimates against the reference, 0 without one.
     """
@@ -125,7 +147,7 @@ def policy_loss(
 
     Args:
         logprobs: float32 [B, T], with gradient; must be finite at every position.
-        old_logprobs: float32 [B, T], of the policy before this optimizer step (detached here).
+        old_logprobs: float32 [B, T], from `ratio_base` (detached here).
         advantages: float32 [B, 1] or [B, T].
         weights: float32 [B, T]; 0 marks a token that is not trained on.
         clip_low: The ratio is clipped to [1 − clip_low, 1 + clip_high].
@@ -135,7 +157,7 @@ def policy_loss(
         kl_coef: Weight of the k3 penalty; used only with a reference.
     """
     is_trained = weights > 0
-    ratio = torch.exp(logprobs - old_logprobs.detach())
+    ratio = torch.exp((logprobs - old_logprobs.detach()).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO))
     unclipped = ratio * advantages
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high) * advantages
     token_loss = -torch.minimum(unclipped, clipped)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -13,7 +14,7 @@ from rollout.mismatch import Mismatch
 
 @dataclass(slots=True, kw_only=True)
 class StepSums:
-    """Sums over the trained tokens of one rank, or of all. Owned by the rank that fills it.
+    """Sums over the trained tokens of one update, of one rank or of all. Owned by the rank that fills it.
 
     `abs_gap_max` is a maximum, everything else adds.
     """
@@ -42,6 +43,18 @@ class StepSums:
         self.abs_gap += mismatch.abs_sum
         self.abs_gap_max = max(self.abs_gap_max, mismatch.abs_max)
 
+    @staticmethod
+    def over_updates(updates: Sequence[StepSums]) -> StepSums:
+        """One record of a step's updates: losses are means over updates, the rest is as over micro-batches.
+
+        Each update's loss is normalised over its own mini-batch, so the losses of several do not add.
+        """
+        columns = torch.stack([update.to_tensor() for update in updates])
+        total = StepSums.from_tensor(torch.cat([columns[:, :-1].sum(dim=0), columns[:, -1:].amax(dim=0)]))
+        total.loss /= len(updates)
+        total.router_aux_loss /= len(updates)
+        return total
+
     def to_tensor(self) -> torch.Tensor:
         """float64, in field order; the last entry is the maximum."""
         return torch.tensor([getattr(self, f.name) for f in fields(self)], dtype=torch.float64)
@@ -53,20 +66,23 @@ class StepSums:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainMetrics:
-    """One training step. Means are over trained tokens of the global batch.
+    """One training step. Means are over trained tokens of the global batch, in all its updates.
+
+    What compares sampling with training (mismatch, gaps, importance weights, entropy) is of the policy
+    before the first update; ratio, clipping and the reference KL are of the policy each update starts from.
 
     Attributes:
         version: Weight version after the step.
         is_skipped: Nothing was left to train on; the weights are unchanged.
-        loss: The policy loss.
-        router_aux_loss: The weighted router loss that was added, 0 when off.
-        grad_norm: Before clipping.
+        loss: The policy loss, mean over updates.
+        router_aux_loss: The weighted router loss that was added, mean over updates, 0 when off.
+        grad_norm: Before clipping; the largest of the updates.
         lr: Step size used.
         mismatch_kl: KL(sampling ‖ training) in nats a token.
         abs_gap_mean: Mean |training − sampling log-probability|.
         abs_gap_max: Largest of them.
-        ratio_mean: Mean policy ratio (1 with one update a batch).
-        clip_fraction: Share of tokens that the clip froze.
+        ratio_mean: Mean policy ratio (1 with one update a batch and use_tis).
+        clip_fraction: Share of tokens that the clip froze (0 with one update a batch and use_tis).
         reference_kl: KL to the reference, 0 without one.
         tis_weight_mean: Mean truncated importance weight, 1 when off.
         tis_capped_fraction: Share of tokens at the cap.

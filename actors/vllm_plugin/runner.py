@@ -145,7 +145,7 @@ def _logprobs(
             logprobs=chosen_logprobs.to(torch.float32).unsqueeze(-1),
             selected_token_ranks=torch.zeros_like(tokens, dtype=torch.int32),
         )
-    scaled = logits / torch.where(temperature > 0, temperature, 1.0).unsqueeze(1)
+    scaled = logits * (1.0 / torch.where(temperature > 0, temperature, 1.0)).unsqueeze(1)  # as the kernel does
     if threshold is not None:
         scaled = scaled.masked_fill(scaled < threshold.unsqueeze(1), float("-inf"))
     logprobs = torch.log_softmax(scaled, dim=-1)

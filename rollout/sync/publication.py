@@ -181,7 +181,8 @@ class Publisher:
         self._state = State.FLIPPING
         staged_at = self._clock()
         try:
-            await self._all("pause", lambda r: r.pause(self._config.in_flight))
+            mode = self._config.in_flight
+            await self._all("pause", lambda r: r.pause(mode), self._config.pause_timeout_s(mode))
         except SyncRefused:
             await self._resume_after_failed_pause()
             raise
@@ -242,22 +243,28 @@ class Publisher:
             self._state = State.BROKEN
             raise EngineDead(f"a shard could neither be paused nor resumed: {failed[0]}")
 
-    async def _all(self, step: str, call: Callable[[Receiver], Awaitable[None]]) -> None:
+    async def _all(
+        self, step: str, call: Callable[[Receiver], Awaitable[None]], timeout_s: float | None = None
+    ) -> None:
         """Run one step on every receiver; raise SyncRefused unless all of them finished it."""
-        results = await self._gather(call)
+        timeout_s = timeout_s or self._config.timeout_s
+        results = await self._gather(call, timeout_s)
         faults = [
-            f"shard {rank}: {self._said(fault)}"
+            f"shard {rank}: {_said(fault, timeout_s)}"
             for rank, fault in enumerate(results)
             if isinstance(fault, BaseException)
         ]
         if faults:
             raise SyncRefused(f"{step} failed on {len(faults)} of {len(results)} shards: {'; '.join(faults)}")
 
-    def _said(self, fault: BaseException) -> str:
-        if isinstance(fault, TimeoutError):
-            return f"no answer within sync.timeout_s = {self._config.timeout_s:g} s"
-        return str(fault) or type(fault).__name__
-
-    async def _gather(self, call: Callable[[Receiver], Awaitable[None]]) -> list[object]:
-        limited = (asyncio.wait_for(call(r), self._config.timeout_s) for r in self._receivers)
+    async def _gather(
+        self, call: Callable[[Receiver], Awaitable[None]], timeout_s: float | None = None
+    ) -> list[object]:
+        limited = (asyncio.wait_for(call(r), timeout_s or self._config.timeout_s) for r in self._receivers)
         return list(await asyncio.gather(*limited, return_exceptions=True))
+
+
+def _said(fault: BaseException, timeout_s: float) -> str:
+    if isinstance(fault, TimeoutError):
+        return f"no answer within {timeout_s:g} s"
+    return str(fault) or type(fault).__name__

@@ -6,6 +6,7 @@ pages until they drop the tensors, so unlinking early is safe once every reader 
 
 from __future__ import annotations
 
+import os
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,16 +35,16 @@ def write_bucket(version: int, index: int, tensors: Sequence[tuple[str, torch.Te
     for spec in specs:
         offsets.append(end)
         end += aligned(spec.num_bytes)
-    segment = f"longroll-{uuid.uuid4().hex}"
+    segment = f"longroll-{os.getpid()}-{uuid.uuid4().hex}"
     try:
         buffer = _map(segment, end, create=True)
         for (_, tensor), spec, offset in zip(tensors, specs, offsets, strict=True):
             flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
             buffer[offset : offset + spec.num_bytes].copy_(flat)
+        digests = tuple(digest(tensor) for _, tensor in tensors)
     except BaseException:
         (SHARED_MEMORY / segment).unlink(missing_ok=True)
         raise
-    digests = tuple(digest(tensor) for _, tensor in tensors)
     return BucketRef(
         version=version, index=index, segment=segment, tensors=specs, offsets=tuple(offsets), digests=digests
     )
@@ -94,6 +95,17 @@ def unlink(ref: BucketRef) -> None:
     """Remove a segment's name; does nothing if it is gone already, or the bucket has none."""
     if ref.segment is not None:
         (SHARED_MEMORY / ref.segment).unlink(missing_ok=True)
+
+
+def sweep() -> int:
+    """Remove segments whose writer is gone (killed between writing and unlinking); returns how many."""
+    num_removed = 0
+    for path in SHARED_MEMORY.glob("longroll-*-*"):
+        writer = path.name.split("-")[1]
+        if writer.isdigit() and not Path(f"/proc/{writer}").exists():
+            path.unlink(missing_ok=True)
+            num_removed += 1
+    return num_removed
 
 
 def _map(segment: str, num_bytes: int, *, create: bool) -> torch.Tensor:

@@ -116,7 +116,7 @@ class Reference:
                 top_k=torch.full((rows,), top_k or vocabulary),
                 top_p=torch.full((rows,), top_p),
             )
-            scaled = logits / temperature
+            scaled = logits * (1.0 / temperatures)[:, None]  # as the kernel does, one rounding apart from dividing
             noise = gumbel_noise(seeds, positions, vocabulary)
             scores = torch.where(scaled >= threshold[:, None], scaled + noise, -torch.inf)
         best = scores.max(dim=1)

@@ -35,6 +35,7 @@ class FakeShard:
             raise EngineDead(f"shard {self.rank} could not start: no memory")
         return ShardInfo(
             rank=self.rank,
+            group=self.rank,  # each on its own: one may die alone
             num_experts=8,
             num_local_experts=4,
             kv_tokens=1000,

@@ -43,6 +43,10 @@ RECORD = StepRecord(
     clip_fraction=0.0,
     entropy=0.5,
     lr=1e-4,
+    reference_kl=0.0,
+    tis_weight_mean=1.0,
+    tis_capped_fraction=0.0,
+    kv_usage_max=0.25,
     is_skipped=False,
     trajectories_digest="0011223344556677",
 )
@@ -148,6 +152,7 @@ def test_every_wandb_key_has_an_axis() -> None:
         "rollout/response_length_mean",
         "rollout/truncated_rate",
         "perf/tokens_per_s",
+        "engine/kv_cache_usage",
         "perf/longest_sample_tokens_per_s",
         "async/staleness_max",
         "mismatch_kl/all",

@@ -129,9 +129,13 @@ def test_a_run_killed_in_mid_step_resumes_and_repeats_the_same_trajectories(job_
             time.sleep(0.05)
         time.sleep(1.5)  # … and step 2 is generating
     finally:
-        if first.poll() is None:
-            kill_tree(first.pid)
+        family = psutil.Process(first.pid).children(recursive=True) if first.poll() is None else []
+        first.kill()
         first.wait()
+    _, orphans = psutil.wait_procs(family, timeout=60)
+    for orphan in orphans:
+        orphan.kill()
+    assert family and not orphans, f"outlived the driver: {[' '.join(o.cmdline()[:4]) for o in orphans]}"
     assert first.returncode == -signal.SIGKILL, (tmp_path / "first.log").read_text()[-3000:]
     assert not (run_dir / "summary.json").exists()
     second = subprocess.run(

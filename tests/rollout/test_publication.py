@@ -1,6 +1,8 @@
 """The publication state machine against scripted receivers: order of events and every single fault."""
 
 import asyncio
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -10,7 +12,7 @@ from rollout.config import InFlight, SyncConfig
 from rollout.errors import EngineDead, SyncRefused
 from rollout.sync.manifest import BucketRef, TensorSpec, check_against, digest, plan_buckets
 from rollout.sync.publication import Publisher, State
-from rollout.sync.segments import SHARED_MEMORY, read_bucket, read_verified, unlink, write_bucket
+from rollout.sync.segments import SHARED_MEMORY, read_bucket, read_verified, sweep, unlink, write_bucket
 
 SPECS = {f"w{i}": TensorSpec(name=f"w{i}", shape=(4, 2), dtype="float32") for i in range(3)}
 STEPS = ("stage", "drop_stage", "pause", "apply", "resume")
@@ -197,3 +199,16 @@ def test_segments_round_trip_and_refuse_corruption() -> None:
     with pytest.raises(SyncRefused, match="missing"):
         read_verified(ref)
     unlink(ref)  # twice is fine
+
+
+def test_segments_of_dead_writers_are_swept_and_those_of_the_living_kept() -> None:
+    mine = write_bucket(1, 0, [("a", torch.ones(3))])
+    writer = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
+    stale = SHARED_MEMORY / f"longroll-{writer.stdout.strip()}-0"
+    stale.write_bytes(b"x")
+    try:
+        assert sweep() >= 1
+        assert not stale.exists() and torch.equal(read_verified(mine)[0][1], torch.ones(3))
+    finally:
+        unlink(mine)
+        stale.unlink(missing_ok=True)
