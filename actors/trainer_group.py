@@ -118,8 +118,8 @@ class TrainerGroup:
     def train_step(self, groups: Sequence[Group]) -> TrainMetrics:
         """Train on finished groups: updates_per_batch optimizer steps, one new version.
 
-        The version rises by one whatever happens, however many optimizer steps that were, also when nothing was left to train on, so that
-        steps, versions and data stay aligned.
+        The version rises by one whatever happens: however many optimizer steps that were, and also when
+        nothing was left to train on, so that steps, versions and data stay aligned.
 
         Raises:
             InvalidRequest: If a group is not as it should be; nothing was changed.

@@ -1,8 +1,9 @@
 """From finished groups to padded micro-batches for every rank.
 
 Owns which trajectories are trained on, their advantages and loss weights, and how they are cut into
-mini-batches (one optimizer step each), dealt to ranks and packed into micro-batches (one forward each). Knows nothing of models, optimizers or how ranks talk. The result depends on the set of
-groups, not on their order of arrival.
+mini-batches (one optimizer step each), dealt to ranks and packed into micro-batches (one forward each).
+Knows nothing of models, optimizers or how ranks talk. The result depends on the set of groups, not on
+their order of arrival.
 """
 
 from __future__ import annotations

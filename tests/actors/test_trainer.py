@@ -1,9 +1,11 @@
 """Two real DeepSpeed ZeRO-3 ranks in Ray actors, compared with plain torch in this process."""
 
+import math
 import os
 import random
 import signal
 import time
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ import torch
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from actors.trainer_group import TrainerGroup
-from rollout.batch import pad, select
+from rollout.batch import MicroBatch, mini_batches, pad, select
 from rollout.config import ClusterConfig, LossAggregation, ModelConfig, SamplingConfig, SyncConfig, TrainerConfig
 from rollout.cursor import Cursor
 from rollout.errors import CheckpointBroken, InvalidRequest, SyncRefused, TrainerDead
@@ -102,10 +104,10 @@ def trainer_config() -> TrainerConfig:
     )
 
 
-def start_group(model_dir: Path, run_dir: Path, controller) -> TrainerGroup:
+def start_group(model_dir: Path, run_dir: Path, controller, config: TrainerConfig) -> TrainerGroup:
     return TrainerGroup.start(
         ModelConfig(path=str(model_dir)),
-        trainer_config(),
+        config,
         SamplingConfig(temperature=TEMPERATURE),
         SyncConfig(bucket_bytes=BUCKET_BYTES, timeout_s=20),
         ClusterConfig(),
@@ -126,7 +128,7 @@ def run_dir(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def group(model_dir, run_dir, collector):
-    group = start_group(model_dir, run_dir, collector)
+    group = start_group(model_dir, run_dir, collector, trainer_config())
     yield group
     group.stop()
 
@@ -168,31 +170,74 @@ def plain_model(model_dir: Path, weights: dict[str, torch.Tensor]) -> Qwen3MoeFo
     return model
 
 
-def test_step_over_ranks_and_micro_batches_equals_one_plain_torch_step(group, collector, model_dir):
-    config = trainer_config()
-    before = published(group, collector)
-    model = plain_model(model_dir, before)
-    groups = make_groups(1)
-    # Sampling log-probabilities as an exact engine would report them, but for two groups left off-policy.
+def set_sampled(model: Qwen3MoeForCausalLM, groups: list[Group], shift: float = 0.0) -> None:
+    """Give trajectories the log-probabilities an exact engine would report, plus `shift`."""
     with torch.no_grad():
-        for trajectory in (t for g in groups[2:] for t in g.trajectories):
+        for trajectory in (t for g in groups for t in g.trajectories):
             ids = torch.tensor([[*trajectory.prompt_token_ids, *trajectory.token_ids]])
             logprobs = selected_logprobs(model(ids).logits[:, :-1], ids[:, 1:], TEMPERATURE)[0]
-            trajectory.logprobs = logprobs[len(trajectory.prompt_token_ids) - 1 :].tolist()
+            trajectory.logprobs = (logprobs[len(trajectory.prompt_token_ids) - 1 :] + shift).tolist()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlainStep:
+    """What plain torch says of a training step; `ratios` and `clipped` have one entry an update."""
+
+    loss: float
+    grad_norm: float
+    ratios: list[float]
+    clipped: list[int]
+
+
+def plain_step(model: Qwen3MoeForCausalLM, groups: list[Group], config: TrainerConfig) -> PlainStep:
+    """One padded batch an update, torch's AdamW from a fresh state."""
+
+    def logprobs_of(batch: MicroBatch) -> torch.Tensor:
+        logits = model(batch.input_ids).logits[:, batch.first_target - 1 : -1]
+        return selected_logprobs(logits, batch.targets, TEMPERATURE)
 
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=config.lr, betas=config.betas, weight_decay=0.0, eps=ADAM_EPSILON
     )
-    batch = pad(select(groups, config, SamplingConfig().max_tokens).samples)
-    logits = model(batch.input_ids).logits[:, batch.first_target - 1 : -1]
-    logprobs = selected_logprobs(logits, batch.targets, TEMPERATURE)
-    tis = importance_weights(logprobs, batch.sampling_logprobs, config.tis_cap)
-    loss = policy_loss(
-        logprobs, logprobs, batch.advantages, batch.weights, clip_low=0.2, clip_high=0.28, tis_weights=tis
-    ).loss
-    loss.backward()
-    grad_norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm))
-    optimizer.step()
+    max_tokens = SamplingConfig().max_tokens
+    batches = [pad(part) for part in mini_batches(select(groups, config, max_tokens).samples, config, max_tokens)]
+    with torch.no_grad():
+        starts = [logprobs_of(batch) for batch in batches]
+    losses, norms, ratios, clipped = [], [], [], []
+    for batch, start in zip(batches, starts, strict=True):
+        tis = importance_weights(start, batch.sampling_logprobs, config.tis_cap) if config.use_tis else None
+        terms = policy_loss(
+            logprobs_of(batch),
+            start if config.use_tis else batch.sampling_logprobs,
+            batch.advantages,
+            batch.weights,
+            clip_low=0.2,
+            clip_high=0.28,
+            tis_weights=tis,
+        )
+        optimizer.zero_grad()
+        terms.loss.backward()
+        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)))
+        optimizer.step()
+        losses.append(terms.loss.item())
+        ratios.append(float(terms.ratio_sum) / int((batch.weights > 0).sum()))
+        clipped.append(int(terms.clipped_sum))
+    return PlainStep(loss=sum(losses) / len(losses), grad_norm=max(norms), ratios=ratios, clipped=clipped)
+
+
+def assert_same_weights(model: Qwen3MoeForCausalLM, got: dict[str, torch.Tensor]) -> None:
+    for key, parameter in model.named_parameters():
+        for name, want in split_parameter(key, parameter.data):
+            # An error d of a gradient moves the AdamW step by at most lr · d / epsilon.
+            torch.testing.assert_close(got[name], want, rtol=0, atol=1e-5)
+
+
+def test_step_over_ranks_and_micro_batches_equals_one_plain_torch_step(group, collector, model_dir):
+    before = published(group, collector)
+    model = plain_model(model_dir, before)
+    groups = make_groups(1)
+    set_sampled(model, groups[2:])  # two groups are left off-policy
+    want = plain_step(model, groups, trainer_config())
 
     version = group.version
     metrics = group.train_step(groups)
@@ -201,28 +246,78 @@ def test_step_over_ranks_and_micro_batches_equals_one_plain_torch_step(group, co
     assert metrics.ratio_mean == pytest.approx(1.0) and metrics.clip_fraction == 0
     assert metrics.mismatch_kl > 0.1  # the two groups with invented log-probabilities
     # float32 sums in another order: relative error a few hundred times 6e-8.
-    assert metrics.loss == pytest.approx(loss.item(), abs=2e-5)
-    assert metrics.grad_norm == pytest.approx(grad_norm, rel=1e-4)
+    assert metrics.loss == pytest.approx(want.loss, abs=2e-5)
+    assert metrics.grad_norm == pytest.approx(want.grad_norm, rel=1e-4)
     after = published(group, collector)
-    for key, parameter in model.named_parameters():
-        for name, want in split_parameter(key, parameter.data):
-            # An error d of a gradient moves the AdamW step by at most lr · d / epsilon.
-            torch.testing.assert_close(after[name], want, rtol=0, atol=1e-5)
-            if ".experts." not in name:
-                assert not torch.equal(after[name], before[name]), name
+    assert_same_weights(model, after)
+    for name in (name for name in after if ".experts." not in name):
+        assert not torch.equal(after[name], before[name]), name
 
 
 def test_exact_sampling_logprobs_give_no_mismatch(group, collector, model_dir):
     model = plain_model(model_dir, published(group, collector))
     groups = make_groups(2)
-    with torch.no_grad():
-        for trajectory in (t for g in groups for t in g.trajectories):
-            ids = torch.tensor([[*trajectory.prompt_token_ids, *trajectory.token_ids]])
-            logprobs = selected_logprobs(model(ids).logits[:, :-1], ids[:, 1:], TEMPERATURE)[0]
-            trajectory.logprobs = logprobs[len(trajectory.prompt_token_ids) - 1 :].tolist()
+    set_sampled(model, groups)
     metrics = group.train_step(groups)
     assert metrics.mismatch_kl < 1e-9 and metrics.abs_gap_max < 1e-4
     assert metrics.tis_weight_mean == pytest.approx(1.0, abs=1e-4)
+
+
+def two_updates_config() -> TrainerConfig:
+    return replace(trainer_config(), updates_per_batch=2)
+
+
+@pytest.fixture(scope="module")
+def two_updates_group(model_dir, tmp_path_factory, collector):
+    """A group of its own: the comparison needs a fresh optimizer state."""
+    group = start_group(model_dir, tmp_path_factory.mktemp("two"), collector, two_updates_config())
+    yield group
+    group.stop()
+
+
+def test_two_updates_equal_two_plain_torch_steps_and_the_second_is_clipped(two_updates_group, collector, model_dir):
+    group = two_updates_group
+    model = plain_model(model_dir, published(group, collector))
+    groups = make_groups(20)
+    set_sampled(model, groups[2:])
+    want = plain_step(model, groups, two_updates_config())
+    assert want.ratios[0] == pytest.approx(1.0, abs=1e-5) and abs(want.ratios[1] - 1) > 0.01
+    assert want.clipped[0] == 0 and want.clipped[1] > 5
+
+    version = group.version
+    metrics = group.train_step(groups[::-1])
+    assert metrics.version == group.version == version + 1
+    assert metrics.num_trained_trajectories == 19
+    assert metrics.clip_fraction * metrics.num_tokens == pytest.approx(sum(want.clipped))
+    assert metrics.loss == pytest.approx(want.loss, abs=2e-5)
+    assert metrics.grad_norm == pytest.approx(want.grad_norm, rel=1e-4)
+    assert_same_weights(model, published(group, collector))
+
+
+def reconfigure(group: TrainerGroup, config: TrainerConfig) -> None:
+    """Options of the loss, changed in place: a new group would cost seconds."""
+    group._config = config
+    ray.get([rank.__ray_call__.remote(lambda self: setattr(self, "_config", config)) for rank in group._ranks])
+
+
+def test_without_tis_the_ratio_is_to_the_sampling_policy_and_clips_in_one_update(
+    two_updates_group, collector, model_dir
+):
+    group, config = two_updates_group, replace(trainer_config(), use_tis=False)
+    reconfigure(group, config)
+    model = plain_model(model_dir, published(group, collector))
+    groups = make_groups(21)
+    set_sampled(model, groups, shift=-0.5)  # a ratio of e^0.5, above 1 + clip_high
+    want = plain_step(model, groups, config)
+    metrics = group.train_step(groups)
+    samples = select(groups, config, SamplingConfig().max_tokens).samples
+    num_raised = sum(s.num_trained_tokens for s in samples if s.advantage > 0)
+    assert metrics.clip_fraction == pytest.approx(num_raised / metrics.num_tokens) and 0 < metrics.clip_fraction < 1
+    assert metrics.ratio_mean == pytest.approx(math.exp(0.5), rel=1e-5)
+    assert metrics.tis_weight_mean == 1 and metrics.tis_capped_fraction == 0
+    assert metrics.loss == pytest.approx(want.loss, abs=2e-5)
+    assert metrics.grad_norm == pytest.approx(want.grad_norm, rel=1e-4)
+    reconfigure(group, two_updates_config())
 
 
 def test_publication_has_exactly_the_checkpoint_tensors(group, collector, model_dir):
@@ -284,7 +379,7 @@ def resumed(group, model_dir, run_dir):
     leftover = run_dir / "checkpoints" / "step-000999"  # as a run killed while saving leaves one
     leftover.mkdir()
     (leftover / "zero_pp_rank_0_mp_rank_00_model_states.pt").write_bytes(b"half")
-    again = start_group(model_dir, run_dir, None)
+    again = start_group(model_dir, run_dir, None, trainer_config())
     yield again, expected
     again.stop()
 

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rollout.batch import deal, empty_micro_batch, pad, plan_ranks, select
+from rollout.batch import deal, empty_micro_batch, mini_batches, pad, plan_ranks, plan_updates, select
 from rollout.config import LossAggregation, TrainerConfig
 from rollout.errors import InvalidRequest
 from rollout.types import Group, Prompt, Status, Trajectory
@@ -134,3 +134,62 @@ def test_every_sample_lands_in_one_micro_batch(lengths, num_ranks, budget, seed)
 def test_the_empty_micro_batch_trains_nothing():
     batch = empty_micro_batch()
     assert batch.targets.shape == batch.weights.shape == (1, 1) and not batch.weights.any()
+
+
+def groups_of(lengths: list[int]) -> list[Group]:
+    """A group of two for each length; the second member is one token longer."""
+    return [
+        Group(
+            group_id=f"{i:03d}",
+            prompt=Prompt(token_ids=(7, 8), prompt_id="p"),
+            trajectories=[trajectory(f"{i:03d}", j, float(j), length=n + j) for j in range(2)],
+        )
+        for i, n in enumerate(lengths)
+    ]
+
+
+@given(
+    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=20),
+    num_updates=st.integers(1, 7),
+    aggregation=st.sampled_from(list(LossAggregation)),
+    seed=st.randoms(use_true_random=False),
+)
+def test_mini_batches_partition_the_samples(lengths, num_updates, aggregation, seed):
+    config = TrainerConfig(updates_per_batch=num_updates, loss_aggregation=aggregation, micro_batch_tokens=80)
+    groups = groups_of(lengths)
+    samples = select(groups, config, MAX_TOKENS).samples
+    parts = mini_batches(samples, config, MAX_TOKENS)
+    assert len(parts) == min(num_updates, len(samples))
+    assert sorted(s.trajectory.trajectory_id for part in parts for s in part) == sorted(
+        s.trajectory.trajectory_id for s in samples
+    )
+    sizes, tokens = [len(part) for part in parts], [sum(s.num_tokens for s in part) for part in parts]
+    assert max(sizes) - min(sizes) <= 1 and max(tokens) - min(tokens) <= 2 * samples[0].num_tokens
+    for part in parts:
+        num_trained = sum(s.num_trained_tokens for s in part)
+        want = num_trained / (len(part) * MAX_TOKENS) if aggregation is LossAggregation.FIXED_LENGTH else 1.0
+        assert sum(s.weight * s.num_trained_tokens for s in part) == pytest.approx(want)
+    if num_updates == 1:
+        assert parts == [list(samples)]
+
+    seed.shuffle(groups)
+    assert mini_batches(select(groups, config, MAX_TOKENS).samples, config, MAX_TOKENS) == parts
+
+
+@given(lengths=st.lists(st.integers(1, 40), min_size=1, max_size=20), num_updates=st.integers(1, 5))
+def test_every_rank_gets_the_same_number_of_micro_batches_in_every_update(lengths, num_updates):
+    config = TrainerConfig(num_ranks=3, updates_per_batch=num_updates, micro_batch_tokens=80)
+    samples = select(groups_of(lengths), config, MAX_TOKENS).samples
+    ranks = plan_updates(samples, config, MAX_TOKENS)
+    assert len(ranks) == 3
+    for shares in zip(*ranks, strict=True):
+        assert len({(len(share.batches), share.num_tokens) for share in shares}) == 1
+        batches = [batch for share in shares for batch in share.batches]
+        assert sum(float(b.weights.double().sum()) for b in batches) == pytest.approx(1.0, rel=1e-5)
+        assert sum(int(b.lengths.sum()) for b in batches if b.weights.any()) == shares[0].num_tokens
+    assert sum(share.num_tokens for share in ranks[0]) == sum(s.num_tokens for s in samples)
+
+
+def test_a_batch_is_updated_on_at_least_once():
+    with pytest.raises(InvalidRequest, match="updates_per_batch"):
+        TrainerConfig(updates_per_batch=0)

@@ -13,11 +13,13 @@ from rollout.loss import (
     importance_weights,
     k3,
     policy_loss,
+    ratio_base,
     selected_logprobs,
     token_weights,
 )
 from rollout.lr_schedule import lr_at
 from rollout.mismatch import NO_MISMATCH, measure
+from rollout.train_metrics import StepSums
 
 
 def test_advantages():
@@ -69,6 +71,37 @@ def test_first_update_has_the_policy_gradient():
     weights = torch.tensor([[0.5, 0.5, 0.0]])
     policy_loss(logprobs, logprobs, torch.tensor([[2.0]]), weights, clip_low=0.2, clip_high=0.2).loss.backward()
     assert logprobs.grad.tolist() == [[-1.0, -1.0, 0.0]]
+
+
+def test_the_ratio_is_to_the_sampling_policy_without_importance_weights():
+    start = torch.tensor([[-1.0, -1.0]], requires_grad=True)
+    sampling = torch.tensor([[-1.5, -1.0]])
+    decoupled = ratio_base(start, sampling, use_tis=True)
+    assert torch.equal(decoupled, start) and not decoupled.requires_grad
+    classical = ratio_base(start, sampling, use_tis=False)
+    terms = policy_loss(start, classical, torch.ones(1, 1), torch.ones(1, 2), clip_low=0.2, clip_high=0.28)
+    assert terms.clipped_sum == 1 and terms.ratio_sum.item() == pytest.approx(math.exp(0.5) + 1)
+    assert terms.loss.item() == pytest.approx(-2.28)
+    terms.loss.backward()
+    assert start.grad.tolist() == [[0.0, -1.0]]
+
+
+@pytest.mark.parametrize("advantage", [1.0, -1.0])
+def test_a_huge_ratio_stays_finite(advantage):
+    logprobs = torch.tensor([[-1.0]], requires_grad=True)
+    old = torch.tensor([[-300.0]])
+    terms = policy_loss(logprobs, old, torch.tensor([[advantage]]), torch.ones(1, 1), clip_low=0.2, clip_high=0.28)
+    terms.loss.backward()
+    assert terms.loss.isfinite() and logprobs.grad.tolist() == [[0.0]]
+
+
+def test_sums_of_updates_add_but_losses_are_averaged():
+    first = StepSums(loss=1.0, router_aux_loss=0.2, num_tokens=10, ratio=10.0, clipped=0.0, abs_gap_max=3.0)
+    second = StepSums(loss=3.0, router_aux_loss=0.4, num_tokens=30, ratio=36.0, clipped=5.0, abs_gap_max=2.0)
+    total = StepSums.over_updates([first, second])
+    assert (total.loss, total.router_aux_loss) == (2.0, pytest.approx(0.3))
+    assert (total.num_tokens, total.ratio, total.clipped, total.abs_gap_max) == (40, 46.0, 5.0, 3.0)
+    assert StepSums.over_updates([second]) == second
 
 
 def test_importance_weights_are_capped_and_scale_the_gradient():
