@@ -107,6 +107,8 @@ def rollout(
     groups = list(islice(monitor.track(client.groups(handle), "rollout", wanted), wanted))
     if wanted < len(prompts):  # over-sampling: the slowest are given up
         client.abort(handle)
+        for _ in client.groups(handle):  # reading what was given up closes the handle
+            continue
     return sorted(groups, key=lambda group: group.group_id)
 
 

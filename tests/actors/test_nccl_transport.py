@@ -21,6 +21,7 @@ from vllm.distributed.weight_transfer.nccl_common import NCCLWeightTransferInitI
 
 import actors.shard
 from actors.shard import Shard
+from actors.shard_stats import LastStats
 from actors.transport import NcclTransport, SharedMemoryTransport, make_transport
 from actors.vllm_plugin.nccl import NcclWeightEngine
 from actors.vllm_plugin.weights import StagedWeightEngine
@@ -129,6 +130,7 @@ class Fleet:
             worker.weight_transfer_engine = engine
             shard = Shard(engine.rank, ModelConfig(), EngineConfig(), config)
             shard._engine = FakeAsyncLLM(worker)
+            shard._stats = LastStats()
             shards.append(shard)
         self.publisher = Publisher(shards, SPECS, config)
         self.loop = asyncio.new_event_loop()
