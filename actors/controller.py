@@ -4,7 +4,7 @@
 
 Owns the event loop in which these meet, and the background tasks. What happens to a trajectory is
 decided in `rollout.scheduler`, who is owed what in its ledger, and how weights flip in
-`rollout.sync.publication`.
+`actors.publications`.
 """
 
 from __future__ import annotations
@@ -13,23 +13,22 @@ import asyncio
 import logging
 import time
 import uuid
-from collections import deque
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any
 
-from ray.exceptions import RayActorError
-
-from actors.receivers import ShardReceiver, answer
+from actors.publications import Publications
+from actors.receivers import answer
 from actors.rewards import RewardPool, RewardTimeout
 from rollout.config import InFlight, ModelConfig, SchedulerConfig, SyncConfig
-from rollout.errors import EngineDead, InvalidRequest, RewardFailed, SyncRefused
+from rollout.errors import EngineDead, InvalidRequest, RewardFailed
 from rollout.fleet import Rendezvous, ServiceStats, ShardInfo, ShardStats, SyncReport
 from rollout.handles import Delivery, Progress, RolloutHandle
+from rollout.rate import RateWindow
 from rollout.scheduler.ledger import Ledger
 from rollout.scheduler.records import Dispatch, FailureKind, ScoreJob
 from rollout.scheduler.scheduler import Scheduler
-from rollout.sync.manifest import BucketRef, TensorSpec
-from rollout.sync.publication import Publisher
+from rollout.sync.encoding import TensorPlan
+from rollout.sync.manifest import BucketRef, Piece
 from rollout.types import ModelLimits, RolloutRequest
 
 logger = logging.getLogger(__name__)
@@ -47,7 +46,7 @@ class Controller:
         model: Whose tokenizer the reward workers use.
         shards: Actor handles of shards that have started, by rank.
         infos: What they said about themselves, in the same order.
-        serving: Every tensor of the model, for the check of publications.
+        plans: Every tensor of the model and how it is served, for the check of publications.
         initial_version: Version of the weights that the shards loaded.
     """
 
@@ -58,28 +57,25 @@ class Controller:
         model: ModelConfig,
         shards: Sequence[Any],
         infos: Sequence[ShardInfo],
-        serving: Mapping[str, TensorSpec],
+        plans: Mapping[str, TensorPlan],
         initial_version: int = 0,
     ) -> None:
-        self._config, self._sync = config, sync
+        self._config, self._sync, self._plans = config, sync, dict(plans)
         self._shards = {info.rank: shard for info, shard in zip(infos, shards, strict=True)}
         self._groups = {info.rank: info.group for info in infos}
         self._limits = ModelLimits(
             vocab_size=min(info.vocab_size for info in infos), max_model_len=min(info.max_model_len for info in infos)
         )
-        self._num_workers = sum(info.num_workers for info in infos)
         self._scheduler = Scheduler(config, self._limits, sorted(self._shards), partial_rollout=sync.partial_rollout)
         self._ledger = Ledger(config.client_timeout_s)
         self._rewards = RewardPool(model, config.num_reward_workers, config.reward_timeout_s)
-        receivers = [ShardReceiver(self._shards[rank]) for rank in sorted(self._shards)]
-        self._publisher = Publisher(receivers, serving, sync, live_version=initial_version)
+        self._publications = Publications(self._shards, infos, plans, sync, initial_version, self._on_lost_shards)
         self._events: dict[str, asyncio.Event] = {}
         self._aborting: set[str] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._num_flips_under_way = 0
-        self._num_syncs = self._num_syncs_refused = 0
         self._num_groups_expired = self._num_internal_errors = 0
-        self._rate: deque[tuple[float, int]] = deque()
+        self._rate = RateWindow(RATE_WINDOW_S)
         self._is_stopping = False
 
     async def start(self) -> None:
@@ -161,40 +157,82 @@ class Controller:
 
     async def num_workers(self) -> int:
         """Devices that receive weights: worker processes of all shards."""
-        return self._num_workers
+        return self._publications.num_workers
+
+    async def served_plans(self) -> dict[str, TensorPlan]:
+        """How every tensor of the model is served."""
+        return self._plans
+
+    async def live_version(self) -> int:
+        """The version that is served."""
+        return self._publications.live_version
 
     async def open_transport(self, rendezvous: Rendezvous, world_size: int) -> None:
         """Let all workers join the trainer's broadcast group, before a publication."""
-        await self._publication_step(self._publisher.open_transport(rendezvous, world_size))
+        await self._publications.open_transport(rendezvous, world_size)
 
-    async def begin_publish(self, version: int, specs: Sequence[TensorSpec]) -> None:
-        await self._publication_step(self._publisher.begin(version, specs))
+    async def begin_publish(self, version: int, base: int | None, pieces: Sequence[tuple[int, Piece]]) -> int:
+        """Open a publication; returns its attempt number. See Publisher.begin."""
+        return await self._publications.begin(version, base, pieces)
 
-    async def publish_bucket(self, ref: BucketRef) -> None:
-        await self._publication_step(self._publisher.stage(ref))
+    async def publish_bucket(self, ref: BucketRef, payload: Sequence[Any] = ()) -> None:
+        """One bucket to every shard.
 
-    async def commit_publish(self, version: int) -> SyncReport:
-        """Flip all shards; nothing is dispatched until that is over, one way or the other."""
-        self._num_flips_under_way += 1
+        Args:
+            ref: The bucket.
+            payload: One reference to its bytes in Ray's object store, when they travel that way. In a sequence,
+                so that Ray hands on the reference instead of the bytes.
+        """
+        await self._publications.stage(ref, payload[0] if payload else None)
+
+    async def commit_publish(self, version: int, in_flight: InFlight | None = None) -> SyncReport:
+        """Flip all shards. With a pause nothing is dispatched until it is over.
+
+        Args:
+            version: The open publication's.
+            in_flight: What happens to running generations; None = sync.in_flight.
+        """
+        mode = in_flight or self._sync.in_flight
+        is_paused = mode is not InFlight.KEEP
+        self._num_flips_under_way += is_paused
         try:
-            report: SyncReport = await self._publication_step(self._publisher.commit(version))
-            self._num_syncs += 1
-            if self._sync.in_flight is InFlight.ABORT and not self._sync.partial_rollout:
+            report = await self._publications.commit(version, mode)
+            if mode is InFlight.ABORT and not self._sync.partial_rollout:
                 self._scheduler.restart_queued(time.monotonic())
             return report
         finally:
-            self._num_flips_under_way -= 1
+            self._num_flips_under_way -= is_paused
             self._pump()
 
     async def abandon_publish(self, version: int) -> None:
-        await self._publisher.abandon(version)
+        await self._publications.abandon(version)
+
+    async def remember_snapshot(self, version: int, refs: Sequence[BucketRef]) -> None:
+        """Where all bytes of a version can be had, for a shard that joins late; the senders keep them."""
+        self._publications.remember(version, refs)
+
+    async def rejoin(self, shards: Mapping[int, Any]) -> None:
+        """Take back the shards of a group that were started anew, once they serve the live version.
+
+        Args:
+            shards: Actor handles by rank, all of one group.
+
+        Raises:
+            SyncRefused: They could not be brought to it; they stay out.
+            EngineDead: One of them is gone.
+        """
+        await self._publications.rejoin(shards)
+        for rank, shard in shards.items():
+            self._shards[rank] = shard
+            self._scheduler.on_shard_restart(rank)
+        logger.info("shards %s serve again, at version %d", sorted(shards), self._publications.live_version)
+        self._pump()
 
     async def stats(self) -> ServiceStats:
         now, counts = time.monotonic(), self._scheduler.counts
-        self._sample_rate(now)
-        (began, before), (ended, after) = self._rate[0], self._rate[-1]
+        self._rate.sample(now, counts.num_tokens_generated)
         return ServiceStats(
-            live_version=self._publisher.live_version,
+            live_version=self._publications.live_version,
             num_queued=self._scheduler.num_queued,
             num_running=self._scheduler.num_running,
             num_finished=counts.num_finished,
@@ -202,9 +240,9 @@ class Controller:
             num_failed=dict(counts.num_failed),
             num_tokens_generated=counts.num_tokens_generated,
             num_tokens_discarded=counts.num_tokens_discarded,
-            tokens_per_s=(after - before) / (ended - began) if ended > began else 0.0,
-            num_syncs=self._num_syncs,
-            num_syncs_refused=self._num_syncs_refused,
+            tokens_per_s=self._rate.per_second,
+            num_syncs=self._publications.num_syncs,
+            num_syncs_refused=self._publications.num_refused,
             num_clients=self._ledger.num_clients,
             num_retries=counts.num_retries,
             num_groups_expired=self._num_groups_expired,
@@ -237,7 +275,7 @@ class Controller:
         shard, flight_id = self._shards[dispatch.shard], dispatch.chunk.trajectory_id
         try:
             result = await answer(shard.generate.remote(dispatch.chunk))
-        except (EngineDead, RayActorError) as error:
+        except EngineDead as error:
             if self._shards[dispatch.shard] is shard:
                 self._on_shard_death(dispatch.shard, str(error))
         except Exception as error:  # whatever an engine raises about one request fails that one only
@@ -268,7 +306,8 @@ class Controller:
         self._pump()
 
     def _on_shard_death(self, rank: int, reason: str) -> None:
-        """Seam for a supervisor: it may start the shard anew and call Scheduler.on_shard_restart."""
+        """Its whole group serves no longer; a supervisor may start the group anew and call `rejoin`."""
+        self._publications.lose(rank)
         if rank not in self._scheduler.live_shards:
             return
         logger.error("shard %d is dead, and its expert-parallel group with it: %s", rank, reason)
@@ -276,18 +315,11 @@ class Controller:
             if self._groups[peer] == self._groups[rank]:
                 self._scheduler.on_shard_death(peer, reason, time.monotonic())
 
-    async def _publication_step(self, step: Coroutine[Any, Any, Any]) -> Any:
-        try:
-            return await step
-        except SyncRefused:
-            self._num_syncs_refused += 1
-            raise
-        except EngineDead as error:  # broken inside the flip: what the shards hold is not known
-            self._num_syncs_refused += 1
-            for rank in self._scheduler.live_shards:
-                self._on_shard_death(rank, str(error))
-            self._pump()
-            raise
+    def _on_lost_shards(self, ranks: frozenset[int], reason: str) -> None:
+        """The publisher does not know what these serve: they must not be given requests."""
+        for rank in ranks:
+            self._on_shard_death(rank, reason)
+        self._pump()
 
     def _abort(self, handle_id: str) -> None:
         running = self._scheduler.abort(handle_id, time.monotonic())
@@ -300,7 +332,7 @@ class Controller:
     async def _abort_on(self, rank: int, flight_ids: list[str]) -> None:
         try:
             await answer(self._shards[rank].abort.remote(flight_ids))
-        except (EngineDead, RayActorError) as error:
+        except EngineDead as error:
             self._on_shard_death(rank, str(error))
             self._pump()
 
@@ -323,13 +355,8 @@ class Controller:
         # An abort can overtake the request it is for on its way into the engine, so it is repeated.
         for handle_id in {*expired.to_abort, *self._aborting}:
             self._abort(handle_id)
-        self._sample_rate(now)
+        self._rate.sample(now, self._scheduler.counts.num_tokens_generated)
         self._pump()
-
-    def _sample_rate(self, now: float) -> None:
-        self._rate.append((now, self._scheduler.counts.num_tokens_generated))
-        while len(self._rate) > 2 and now - self._rate[1][0] >= RATE_WINDOW_S:
-            self._rate.popleft()
 
     async def _shard_stats(self) -> tuple[ShardStats, ...]:
         live = self._scheduler.live_shards
@@ -338,7 +365,7 @@ class Controller:
         for rank, got in zip(live, await asyncio.gather(*calls, return_exceptions=True), strict=True):
             if isinstance(got, ShardStats):
                 found.append(got)
-            elif isinstance(got, RayActorError):
+            elif isinstance(got, EngineDead):
                 self._on_shard_death(rank, str(got))
             else:
                 logger.warning("shard %d gave no statistics: %r", rank, got)

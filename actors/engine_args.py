@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from actors.vllm_plugin import CPU_WORKER, GPU_WORKER, WEIGHT_ENGINES
+from actors.vllm_plugin import CPU_SCHEDULER, CPU_WORKER, GPU_SCHEDULER, GPU_WORKER, QUANTIZATIONS
+from actors.vllm_plugin.options import PluginOptions
 from rollout.config import EngineConfig, ModelConfig, SyncConfig
 from rollout.errors import InvalidRequest
 from rollout.fleet import Rendezvous
@@ -16,6 +17,7 @@ from rollout.fleet import Rendezvous
 if TYPE_CHECKING:
     from vllm import AsyncEngineArgs
 
+INT4_ALL2ALL = (None, "allgather_reducescatter")  # the others bring kernels of their own for the experts
 DEFAULT_CPU_KV_BYTES = 256 * 2**20
 
 
@@ -27,19 +29,22 @@ def engine_args(
     rank: int,
     rendezvous: Rendezvous | None,
     on_gpu: bool,
+    initial_version: int = 0,
 ) -> AsyncEngineArgs:
     """Arguments of one shard.
 
     Args:
         model: The model served.
         engine: The expert-parallel group; `engine.vllm` overrides anything set here, verbatim.
-        sync: Chooses the weight-transfer engine.
+        sync: What happens to KV when weights change.
         rank: Data-parallel rank of the shard.
         rendezvous: Where the ranks meet; may be None for a single shard.
         on_gpu: False builds arguments for the CPU engine.
+        initial_version: Version of the weights in the model directory.
 
     Raises:
-        InvalidRequest: For an option that vLLM does not have, a missing rendezvous, or NCCL without GPUs.
+        InvalidRequest: For an option that vLLM does not have, a missing rendezvous, NCCL without GPUs, or INT4
+            weights with what they do not go with.
     """
     from vllm import AsyncEngineArgs
 
@@ -47,7 +52,7 @@ def engine_args(
         raise InvalidRequest("sync.transport", "nccl", "shared_memory for engines on CPU")
     arguments: dict[str, object] = dict(
         model=model.path,
-        dtype=model.dtype,
+        dtype=engine.dtype or model.dtype,
         max_model_len=model.max_model_len,
         trust_remote_code=model.trust_remote_code,
         skip_tokenizer_init=True,  # tokens in, tokens out
@@ -61,11 +66,18 @@ def engine_args(
         enforce_eager=engine.enforce_eager or not on_gpu,
         worker_cls=GPU_WORKER if on_gpu else CPU_WORKER,
         logprobs_mode="processed_logprobs",
-        weight_transfer_config={"backend": WEIGHT_ENGINES[sync.transport]},
+        scheduler_cls=GPU_SCHEDULER if on_gpu else CPU_SCHEDULER,
         distributed_timeout_seconds=int(engine.distributed_timeout_s),
         cpu_distributed_timeout_seconds=int(engine.distributed_timeout_s),
     )
-    arguments |= _memory(engine, on_gpu) | _group(engine, rank, rendezvous)
+    options = PluginOptions(
+        int4=engine.int4 if engine.quantization == "int4" else None,
+        initial_version=initial_version,
+        recompute_kv=sync.recompute_kv,
+        capture_routing=engine.enable_return_routed_experts,
+    )
+    arguments["additional_config"] = options.to_additional_config()
+    arguments |= _memory(engine, on_gpu) | _group(engine, rank, rendezvous) | _weights(model, engine, on_gpu)
     if engine.all2all_backend is not None:
         arguments["all2all_backend"] = engine.all2all_backend
     arguments |= engine.vllm
@@ -73,6 +85,29 @@ def engine_args(
     if unknown:
         raise InvalidRequest("engine.vllm", unknown, "names of vLLM engine arguments")
     return AsyncEngineArgs(**arguments)  # type: ignore[arg-type]
+
+
+def _weights(model: ModelConfig, engine: EngineConfig, on_gpu: bool) -> dict[str, object]:
+    """How weights are held: always by our own layers, so that they can be overwritten in place."""
+    arguments: dict[str, object] = {"quantization": QUANTIZATIONS[engine.quantization]}
+    if engine.quantization is None:
+        return arguments | ({"moe_backend": "triton"} if on_gpu else {})
+    _check_int4(engine.dtype or model.dtype, engine, on_gpu)
+    return arguments
+
+
+def _check_int4(dtype: str, engine: EngineConfig, on_gpu: bool) -> None:
+    served = ("bfloat16",) if on_gpu else ("bfloat16", "float32")
+    if dtype not in served:
+        raise InvalidRequest("engine.dtype", dtype, f"{' or '.join(served)} with engine.quantization = int4")
+    if engine.tensor_parallel_size != 1:
+        raise InvalidRequest(
+            "engine.tensor_parallel_size", engine.tensor_parallel_size, "1 with engine.quantization = int4"
+        )
+    if engine.all2all_backend not in INT4_ALL2ALL:
+        raise InvalidRequest(
+            "engine.all2all_backend", engine.all2all_backend, f"{INT4_ALL2ALL[1]} or null with INT4 experts"
+        )
 
 
 def _memory(engine: EngineConfig, on_gpu: bool) -> dict[str, object]:

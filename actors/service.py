@@ -23,6 +23,7 @@ from rollout.errors import EngineDead, InvalidRequest, LongrollError, ServiceLos
 from rollout.fleet import Rendezvous, ShardInfo
 from rollout.remote import client_error
 from rollout.sync.checkpoint_names import checkpoint_specs
+from rollout.sync.encoding import TensorPlan, plan_tensors
 from rollout.sync.segments import sweep
 
 logger = logging.getLogger(__name__)
@@ -31,6 +32,38 @@ CONTROLLER_CONCURRENCY = 4096  # every long poll holds one place
 SHUTDOWN_TIMEOUT_S = 30.0
 StartCallback = Callable[[int, int], None]
 """Called with shards ready and shards in all."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardParts:
+    """What shards are made of, kept for making them again."""
+
+    model: ModelConfig
+    engine: EngineConfig
+    scheduler: SchedulerConfig
+    sync: SyncConfig
+    cluster: ClusterConfig
+    initial_version: int
+    shard_class: type | None
+
+    def make_shard(self, rank: int, placement: Any) -> Any:
+        """The actor of one shard, not started yet, in its bundle of a placement group if there is one."""
+        from actors.shard import Shard
+
+        strategy: Any = "DEFAULT"
+        if placement is not None:
+            strategy = PlacementGroupSchedulingStrategy(
+                placement, placement_group_bundle_index=rank, placement_group_capture_child_tasks=True
+            )
+        actor = ray.remote(self.shard_class or Shard).options(
+            num_cpus=self.cluster.num_cpus_per_shard,
+            num_gpus=self.engine.tensor_parallel_size if self.cluster.num_gpus_per_node else 0,
+            max_concurrency=self.scheduler.max_running_per_shard + 64,  # chunks, and room for control calls
+            scheduling_strategy=strategy,
+        )
+        return actor.remote(
+            rank=rank, model=self.model, engine=self.engine, sync=self.sync, initial_version=self.initial_version
+        )
 
 
 @dataclass(kw_only=True)
@@ -42,6 +75,8 @@ class Service:
     infos: list[ShardInfo] = field(default_factory=list)
     controller: Any = None
     placement: Any = None
+    parts: ShardParts | None = None
+    plans: dict[str, TensorPlan] = field(default_factory=dict)
     bucket_bytes: int = SyncConfig().bucket_bytes
 
     @property
@@ -54,6 +89,26 @@ class Service:
 
     def __exit__(self, *exc_info: object) -> None:
         self.stop()
+
+    def restart_group(self, group: int, on_progress: StartCallback | None = None) -> None:
+        """Start the shards of an expert-parallel group anew; they serve once they hold the live version.
+
+        Raises:
+            EngineDead: They did not start.
+            SyncRefused: They could not be brought to the live version, and stay out.
+        """
+        assert self.parts is not None, "a service that was started has its parts"
+        engine = self.parts.engine
+        ranks = range(group * engine.num_shards, (group + 1) * engine.num_shards)
+        for rank in ranks:
+            ray.kill(self.shards[rank])
+            self.shards[rank] = self.parts.make_shard(rank, self.placement)
+        try:
+            infos = _start_shards([self.shards[rank] for rank in ranks], engine, on_progress)
+            ray.get(self.controller.rejoin.remote({rank: self.shards[rank] for rank in ranks}))
+        except BaseException as error:
+            raise client_error(error) from (error.__cause__ if isinstance(error, LongrollError) else None)
+        self.infos = [*self.infos[: ranks.start], *infos, *self.infos[ranks.stop :]]
 
     def stop(self) -> None:
         """Shut down controller and shards, then kill their actors; may be called again."""
@@ -81,7 +136,7 @@ def start_service(
     initial_version: int = 0,
     shard_class: type | None = None,
 ) -> Service:
-    """Start all shards of one expert-parallel group and their controller.
+    """Start all shards of all expert-parallel groups and their controller.
 
     Args:
         on_progress: Told how many shards are ready.
@@ -93,28 +148,48 @@ def start_service(
         LongrollError: The cluster lacks resources, or another service has the same name.
         EngineDead: A shard did not start, with its reason.
     """
-    serving = checkpoint_specs(model.path, model.dtype)
+    plans = served_plans(model, engine)
     num_stale = sweep()
     if num_stale:
         logger.info("removed %d shared-memory segments of writers that are gone", num_stale)
     ensure_ray(cluster)
     _check_name_is_free(cluster.namespace)
     check_resources(engine, cluster)
-    service = Service(namespace=cluster.namespace, bucket_bytes=sync.bucket_bytes)
+    service = Service(namespace=cluster.namespace, bucket_bytes=sync.bucket_bytes, plans=plans)
     try:
-        _create_shards(service, model, engine, scheduler, sync, cluster, initial_version, shard_class)
-        service.infos = _start_shards(service.shards, engine.start_timeout_s, on_progress)
+        service.parts = ShardParts(
+            model=model,
+            engine=engine,
+            scheduler=scheduler,
+            sync=sync,
+            cluster=cluster,
+            initial_version=initial_version,
+            shard_class=shard_class,
+        )
+        if cluster.num_gpus_per_node:
+            service.placement = _reserve(engine, cluster)
+        for rank in range(engine.num_all_shards):
+            service.shards.append(service.parts.make_shard(rank, service.placement))
+        service.infos = _start_shards(service.shards, engine, on_progress)
         actor = ray.remote(Controller).options(
             name=CONTROLLER_NAME, namespace=cluster.namespace, num_cpus=0, max_concurrency=CONTROLLER_CONCURRENCY
         )
-        service.controller = actor.remote(
-            scheduler, sync, model, service.shards, service.infos, serving, initial_version
-        )
+        service.controller = actor.remote(scheduler, sync, model, service.shards, service.infos, plans, initial_version)
         ray.get(service.controller.start.remote())
     except BaseException as error:
         service.stop()
         raise client_error(error) from (error.__cause__ if isinstance(error, LongrollError) else None)
     return service
+
+
+def served_plans(model: ModelConfig, engine: EngineConfig) -> dict[str, TensorPlan]:
+    """How every tensor of the model directory is served by these engines.
+
+    Raises:
+        InvalidRequest: The directory, the group size or the dtype is wrong.
+    """
+    int4 = engine.int4 if engine.quantization == "int4" else None
+    return plan_tensors(checkpoint_specs(model.path, engine.dtype or model.dtype).values(), int4)
 
 
 def connect(namespace: str) -> RolloutClient:
@@ -151,20 +226,20 @@ def check_resources(engine: EngineConfig, cluster: ClusterConfig) -> None:
     """
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     if cluster.num_gpus_per_node == 0:
-        need, have = engine.num_shards * cluster.num_cpus_per_shard, sum(n.get("CPU", 0.0) for n in nodes)
+        need, have = engine.num_all_shards * cluster.num_cpus_per_shard, sum(n.get("CPU", 0.0) for n in nodes)
         if engine.tensor_parallel_size != 1:
             raise InvalidRequest("engine.tensor_parallel_size", engine.tensor_parallel_size, "1 without GPUs")
         if have < need:
             raise LongrollError(
-                f"cluster: got {have:g} CPUs, expected {need:g} for {engine.num_shards} shards of "
+                f"cluster: got {have:g} CPUs, expected {need:g} for {engine.num_all_shards} shards of "
                 f"{cluster.num_cpus_per_shard:g} (cluster.num_cpus_per_shard)"
             )
         return
     per_node = cluster.num_gpus_per_node // engine.tensor_parallel_size
-    if engine.num_shards > per_node * cluster.num_nodes:
+    if engine.num_all_shards > per_node * cluster.num_nodes:
         raise InvalidRequest(
-            "engine.num_shards",
-            f"{engine.num_shards} of {engine.tensor_parallel_size} GPUs",
+            "engine.num_groups × engine.num_shards",
+            f"{engine.num_all_shards} of {engine.tensor_parallel_size} GPUs",
             f"at most {per_node * cluster.num_nodes} on {cluster.num_nodes} nodes of {cluster.num_gpus_per_node} GPUs",
         )
     gpus = sorted((int(n.get("GPU", 0)) for n in nodes), reverse=True)
@@ -185,57 +260,27 @@ def _check_name_is_free(namespace: str) -> None:
     )
 
 
-def _create_shards(
-    service: Service,
-    model: ModelConfig,
-    engine: EngineConfig,
-    scheduler: SchedulerConfig,
-    sync: SyncConfig,
-    cluster: ClusterConfig,
-    initial_version: int,
-    shard_class: type | None,
-) -> None:
-    if shard_class is None:
-        from actors.shard import Shard as shard_class  # type: ignore[no-redef]
-    num_gpus = engine.tensor_parallel_size if cluster.num_gpus_per_node else 0
-    if num_gpus:
-        service.placement = _reserve(engine, cluster)
-    for rank in range(engine.num_shards):
-        strategy: Any = "DEFAULT"
-        if service.placement is not None:
-            strategy = PlacementGroupSchedulingStrategy(
-                service.placement, placement_group_bundle_index=rank, placement_group_capture_child_tasks=True
-            )
-        actor = ray.remote(shard_class).options(
-            num_cpus=cluster.num_cpus_per_shard,
-            num_gpus=num_gpus,
-            max_concurrency=scheduler.max_running_per_shard + 64,  # chunks, and room for control calls
-            scheduling_strategy=strategy,
-        )
-        service.shards.append(
-            actor.remote(rank=rank, model=model, engine=engine, sync=sync, initial_version=initial_version)
-        )
-
-
 def _reserve(engine: EngineConfig, cluster: ClusterConfig) -> Any:
     """One bundle for each shard, so that its GPUs lie on one node."""
     bundle = {"GPU": float(engine.tensor_parallel_size), "CPU": cluster.num_cpus_per_shard}
-    group = placement_group([bundle] * engine.num_shards, strategy=cluster.placement_strategy)
+    group = placement_group([bundle] * engine.num_all_shards, strategy=cluster.placement_strategy)
     if not group.wait(timeout_seconds=engine.start_timeout_s):
         remove_placement_group(group)
         free = ray.available_resources()
         raise LongrollError(
             f"cluster: got {free.get('GPU', 0):g} free GPUs and {free.get('CPU', 0):g} free CPUs, expected room for "
-            f"{engine.num_shards} bundles of {bundle} within {engine.start_timeout_s:g} s"
+            f"{engine.num_all_shards} bundles of {bundle} within {engine.start_timeout_s:g} s"
         )
     return group
 
 
-def _start_shards(shards: list[Any], timeout_s: float, on_progress: StartCallback | None) -> list[ShardInfo]:
-    """Start all shards together; returns what they say, by rank."""
+def _start_shards(shards: list[Any], engine: EngineConfig, on_progress: StartCallback | None) -> list[ShardInfo]:
+    """Start all shards together; returns what they say, by rank. The first of each group says where it meets."""
+    timeout_s = engine.start_timeout_s
     deadline = time.monotonic() + timeout_s
-    rendezvous: Rendezvous = ray.get(shards[0].rendezvous.remote(), timeout=timeout_s)
-    waiting = [shard.start.remote(rendezvous) for shard in shards]
+    asked = [shard.rendezvous.remote() for shard in shards[:: engine.num_shards]]
+    meetings: list[Rendezvous] = ray.get(asked, timeout=timeout_s)
+    waiting = [shard.start.remote(meetings[rank // engine.num_shards]) for rank, shard in enumerate(shards)]
     place = {reference: rank for rank, reference in enumerate(waiting)}
     infos: dict[int, ShardInfo] = {}
     while waiting:

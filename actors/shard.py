@@ -10,22 +10,29 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import Any
 
 import ray
+import torch
 
+from actors import routing_store
 from actors.engine_args import engine_args
 from actors.ports import free_port
 from actors.vllm_plugin import SEED_KEY
+from actors.vllm_plugin.control import ControlLine
+from actors.vllm_plugin.routing import routing_args
+from actors.vllm_plugin.steps import Step
 from rollout.config import EngineConfig, InFlight, ModelConfig, SyncConfig
 from rollout.errors import EngineDead, LongrollError, SyncRefused
 from rollout.fleet import Rendezvous, ShardInfo, ShardStats
+from rollout.routing import RoutingRef
+from rollout.sync import segments
 from rollout.sync.manifest import BucketRef
 from rollout.types import Chunk, ChunkResult, FinishReason, VersionSpan, append_span
 
 logger = logging.getLogger(__name__)
-STAGE_POLL_S = 0.05  # every look at a background transfer waits for the engine's step to end
+ROUTING_WAIT_S = 5.0  # the worker learns of a request's end with its next step
 CALL_TIMEOUT_S = 60.0  # an engine call pending at a death never resolves by itself (vLLM core_client)
 
 
@@ -33,9 +40,9 @@ class Shard:
     """Hosts one vLLM `AsyncLLM`.
 
     Args:
-        rank: Data-parallel rank.
+        rank: Among the shards of all groups, group by group.
         model: The model served.
-        engine: The expert-parallel group.
+        engine: The expert-parallel groups.
         sync: How weights arrive.
         initial_version: Version of the weights in the model directory.
     """
@@ -50,6 +57,7 @@ class Shard:
         self._engine: Any = None
         self._stop_token_ids: tuple[int, ...] = ()
         self._stats: Any = None
+        self._lines: list[ControlLine] = []  # one to each worker
         self._running: dict[str, str] = {}  # trajectory id → engine request id
         self._num_requests = 0
         self._num_tokens = 0
@@ -74,15 +82,17 @@ class Shard:
             self._model,
             self._engine_config,
             self._sync,
-            rank=self._rank,
+            rank=self._rank % self._engine_config.num_shards,
             rendezvous=rendezvous,
             on_gpu=self._on_gpu,
+            initial_version=self._initial_version,
         )
         self._stats = LastStats()
         try:
             self._engine = AsyncLLM.from_engine_args(arguments, stat_loggers=[self._stats.factory])
-            num_local = sum(await self._rpc("longroll_num_local_experts"))
-            await self._call(self._engine.update_weight_version(str(self._initial_version)))
+            lines = await self._rpc("longroll_open")
+            self._lines = [ControlLine(address, key, f"shard {self._rank}") for address, key in lines]
+            num_local = sum(await self._workers("num_local_experts"))
         except LongrollError:
             raise
         except Exception as error:
@@ -91,6 +101,7 @@ class Shard:
         self._stop_token_ids = _stop_token_ids(config.model_config)
         return ShardInfo(
             rank=self._rank,
+            group=self._rank // self._engine_config.num_shards,
             num_experts=getattr(config.model_config.hf_text_config, "num_experts", 0) or 0,
             num_local_experts=num_local,
             kv_tokens=(config.cache_config.num_gpu_blocks or 0) * config.cache_config.block_size,
@@ -128,7 +139,7 @@ class Shard:
         output: Any = None
         try:
             stream = self._engine.generate(
-                {"prompt_token_ids": list(chunk.token_ids)}, self._sampling_params(chunk), request_id
+                {"prompt_token_ids": list(chunk.token_ids)}, self._sampling_params(chunk, request_id), request_id
             )
             async for latest in stream:  # one output, the final one
                 output = latest
@@ -137,13 +148,27 @@ class Shard:
         finally:
             if self._running.get(chunk.trajectory_id) == request_id:
                 del self._running[chunk.trajectory_id]
-        return self._result(chunk, output, time.monotonic() - began)
+        result = self._result(chunk, output, time.monotonic() - began)
+        if self._engine_config.enable_return_routed_experts and result.token_ids:
+            result = replace(result, routing=await self._routing(chunk, request_id, len(result.token_ids)))
+        return result
 
-    def _sampling_params(self, chunk: Chunk) -> Any:
+    async def _routing(self, chunk: Chunk, request_id: str, num_new_tokens: int) -> RoutingRef | None:
+        """Where the experts of a chunk lie; None, which is counted in training, if they could not be had."""
+        blobs = await self._workers("take_routing", request_id, ROUTING_WAIT_S)
+        if blobs[0] is None:
+            logger.warning("shard %d: got no routing for %s", self._rank, request_id)
+            return None
+        return routing_store.put(blobs[0], chunk, num_new_tokens)
+
+    def _sampling_params(self, chunk: Chunk, request_id: str) -> Any:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
         wanted = chunk.sampling
+        routing: dict[str, Any] = {}
+        if self._engine_config.enable_return_routed_experts:
+            routing = routing_args(request_id, routing_store.first_row(chunk))
         stops = set(wanted.stop_token_ids)
         if not wanted.ignore_eos:
             stops |= set(self._stop_token_ids)
@@ -158,7 +183,7 @@ class Shard:
             flat_logprobs=True,
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
-            extra_args={SEED_KEY: chunk.seed},
+            extra_args={SEED_KEY: chunk.seed} | routing,
         )
 
     def _result(self, chunk: Chunk, output: Any, duration_s: float) -> ChunkResult:
@@ -196,73 +221,86 @@ class Shard:
         if request_ids:
             await self._call(self._engine.abort(request_ids))
 
-    async def stage(self, ref: BucketRef) -> None:
-        """Copy a bucket aside on every worker and check its digests. Raises SyncRefused on a fault."""
-        call = self._engine.collective_rpc("longroll_stage", args=(ref.to_json(),))
-        outcomes = await self._call(call, self._sync.timeout_s)
-        await self._until_done(
-            outcomes, lambda: self._rpc("longroll_stage_outcome", ref.version), f"bucket {ref.index} of {ref.version}"
-        )
+    async def begin(self, attempt: int, version: int, base: int | None) -> None:
+        """Prepare every worker for a publication. Raises SyncRefused on a fault, as all of these do."""
+        await self._workers("begin", attempt, version, base)
 
-    async def open_transport(self, rendezvous: Rendezvous, world_size: int) -> None:
-        """Let every worker join the trainer's group; generation goes on. Raises SyncRefused on a fault.
+    async def stage(self, ref: BucketRef, payload: Any = None) -> None:
+        """Let every worker write a bucket into its shadow and check its digests; decoding goes on.
 
         Args:
-            rendezvous: Where the trainer, rank 0, waits.
-            world_size: The trainer and the workers of all shards.
+            ref: The bucket.
+            payload: Its bytes, uint8, where they came through Ray's object store; they are put into this host's
+                shared memory for the workers.
         """
-        from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
+        if payload is None:
+            method = "stage" if ref.segment is not None else "receive"  # without a segment it is broadcast
+            await self._workers(method, ref, timeout_s=self._sync.timeout_s)
+            return
+        segment, target = await asyncio.to_thread(segments.create, ref.num_bytes)
+        try:
+            await asyncio.to_thread(target.copy_, torch.from_numpy(payload))
+            await self._workers("stage", replace(ref, segment=segment), timeout_s=self._sync.timeout_s)
+        finally:
+            segments.unlink(segment)
 
-        info = {
-            "master_address": rendezvous.host,
-            "master_port": rendezvous.rpc_port,
-            "rank_offset": 1,
-            "world_size": world_size,
-        }
-        await self._call(self._engine.init_weight_transfer_engine(WeightTransferInitRequest(init_info=info)))
-        look = "longroll_transport_outcome"
-        await self._until_done(await self._rpc(look), lambda: self._rpc(look), "weight transport")
+    async def verify(self, attempt: int) -> str:
+        """Check that a publication is complete and make it ready to flip; returns its digest."""
+        digests = set(await self._workers("verify", attempt, timeout_s=self._sync.timeout_s))
+        if len(digests) > 1:
+            raise SyncRefused(f"shard {self._rank}: its workers hold different weights: {sorted(digests)}")
+        return digests.pop()
 
-    async def _until_done(
-        self, outcomes: list[tuple[bool, str | None]], look: Callable[[], Awaitable[Any]], what: str
-    ) -> None:
-        """Wait until all workers have done what they do beside the engine; the first fault ends the wait."""
-        deadline = time.monotonic() + self._sync.timeout_s
-        while True:
-            faults = [fault for _, fault in outcomes if fault is not None]
-            if faults:
-                raise SyncRefused(faults[0])
-            if all(is_done for is_done, _ in outcomes):
-                return
-            if time.monotonic() > deadline:
-                raise SyncRefused(f"{what}: not done within sync.timeout_s = {self._sync.timeout_s:g} s")
-            await asyncio.sleep(STAGE_POLL_S)
-            outcomes = await look()
+    async def arm(self, attempt: int) -> None:
+        """From now on the flip happens before the first forward for which all ranks are armed."""
+        await self._workers("arm", attempt)
 
-    async def drop_stage(self, version: int) -> None:
-        await self._rpc("longroll_drop_stage", version)
+    async def flip(self, attempt: int) -> int:
+        """Flip now, between two steps; all ranks of the group must have been armed. Returns the live version."""
+        self._version = min(await self._workers("flip", attempt))
+        self._stats.kv_usage_max = 0.0
+        return self._version
+
+    async def drop(self, attempt: int) -> int:
+        """Forget a publication. Returns the live version: the dropped one, if it had been flipped to already."""
+        self._version = min(await self._workers("drop", attempt))
+        return self._version
+
+    async def live_version(self) -> int:
+        self._version = min(await self._workers("live_version"))
+        return self._version
+
+    async def open_transport(self, rendezvous: Rendezvous, first_rank: int, world_size: int) -> None:
+        """Let every worker join the trainer's broadcast group; generation goes on.
+
+        Args:
+            rendezvous: Where trainer rank 0 waits.
+            first_rank: Rank of this shard's first worker in the group.
+            world_size: The trainer's ranks, which come first, and the workers of all shards.
+        """
+        calls = [
+            line.call("join", rendezvous, first_rank + i, world_size, timeout_s=self._sync.timeout_s)
+            for i, line in enumerate(self._lines)
+        ]
+        await asyncio.gather(*calls)
 
     async def pause(self, mode: InFlight) -> None:
         """Stop decoding; returns once this rank and its peers have stopped."""
-        clear_cache = mode is not InFlight.KEEP or self._sync.recompute_kv
         timeout_s = self._sync.pause_timeout_s(mode)
-        await self._call(self._engine.pause_generation(mode=mode.value, clear_cache=clear_cache), timeout_s)
-
-    async def apply(self, version: int) -> None:
-        """Load the staged version; only while paused, on all ranks together."""
-        from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
-
-        timeout_s = self._sync.timeout_s
-        request = WeightTransferUpdateRequest(update_info={"version": version})
-        await self._call(self._engine.start_weight_update(), timeout_s)
-        await self._call(self._engine.update_weights(request), timeout_s)
-        await self._call(self._engine.finish_weight_update(str(version)), timeout_s)
-        self._version = version
-        self._stats.kv_usage_max = 0.0
+        await self._call(self._engine.pause_generation(mode=mode.value, clear_cache=True), timeout_s)
 
     async def resume(self) -> None:
         """Decode again."""
         await self._call(self._engine.resume_generation())
+
+    async def take_steps(self) -> list[Step]:
+        """Forwards of the first worker since the last call: their votes, versions and times."""
+        steps: list[Step] = (await self._workers("take_steps"))[0]
+        return steps
+
+    async def held_bytes(self) -> list[dict[str, int]]:
+        """Bytes that each worker really holds, by what they are for."""
+        return await self._workers("held_bytes")
 
     async def stats(self) -> ShardStats:
         last = self._stats.last
@@ -281,7 +319,21 @@ class Shard:
         """End the engine's processes. The actor itself is killed by whoever made it."""
         if self._engine is not None:
             engine, self._engine = self._engine, None
+            for line in self._lines:
+                line.close()
+            self._lines = []
             await asyncio.to_thread(engine.shutdown)
+
+    async def _workers(self, method: str, *arguments: Any, timeout_s: float = CALL_TIMEOUT_S) -> list[Any]:
+        """Call every worker beside its engine's loop; results in the order of ranks."""
+        if not self._lines:
+            raise EngineDead(f"shard {self._rank}: got a call to {method}, expected an engine that runs")
+        calls = (line.call(method, *arguments, timeout_s=timeout_s) for line in self._lines)
+        results = await asyncio.gather(*calls, return_exceptions=True)
+        faults = [result for result in results if isinstance(result, BaseException)]
+        if faults:
+            raise faults[0]
+        return results
 
     async def _rpc(self, method: str, *args: Any) -> list[Any]:
         return await self._call(self._engine.collective_rpc(method, args=args))

@@ -8,6 +8,8 @@ optimizer step on each, and takes part in gathers and checkpoints as `TrainerGro
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +19,8 @@ import torch
 import torch.distributed as dist
 from ray.actor import ActorHandle
 
+from actors.rank_group import RankGroup
+from actors.served_encoding import ServedEncoding
 from actors.trainer_model import (
     build_module,
     deepspeed_config,
@@ -25,15 +29,18 @@ from actors.trainer_model import (
     restore_rotary_frequencies,
     use_one_thread_on_cpu,
 )
+from actors.trainer_replay import RouterReplay, fetch_recorded
+from actors.trainer_rescore import Rescorer, ServedWeights
 from actors.transport import make_transport
-from actors.weight_source import ControllerReceiver, WeightSource, weights_digest
+from actors.weight_receiver import ControllerReceiver
+from actors.weight_source import WeightSource, weights_digest
 from rollout.batch import MicroBatch, MiniBatch
 from rollout.checkpoints import CheckpointDir
 from rollout.config import ModelConfig, Reference, SyncConfig, TrainerConfig
 from rollout.errors import CheckpointBroken, InvalidRequest, LongrollError
 from rollout.fleet import Rendezvous, SyncReport
 from rollout.loss import importance_weights, policy_loss, ratio_base, selected_logprobs
-from rollout.mismatch import measure
+from rollout.mismatch import CauseSums, Knobs, measure
 from rollout.train_metrics import StepSums
 
 RANK_FILE = re.compile(r"zero_pp_rank_(\d+)_")
@@ -66,6 +73,8 @@ class TrainerRank:
         temperature: Of sampling; log-probabilities are taken at the same one.
         controller: Receives publications; None when nothing is served.
         checkpoints: Where checkpoints lie.
+        encoding: How the engines serve the weights.
+        kv_cache_dtype: Of the engines.
     """
 
     def __init__(
@@ -77,14 +86,19 @@ class TrainerRank:
         temperature: float,
         controller: ActorHandle | None,
         checkpoints: CheckpointDir,
+        encoding: ServedEncoding,
+        kv_cache_dtype: str = "auto",
     ) -> None:
         use_one_thread_on_cpu(config)
         self._rank, self._model, self._config, self._sync = rank, model, config, sync
         self._temperature, self._controller, self._checkpoints = temperature, controller, checkpoints
+        self._encoding, self._kv_cache_dtype = encoding, kv_cache_dtype
         self._store: dist.TCPStore | None = None
         self._engine: Any = None
         self._reference: Any = None
         self._source: WeightSource | None = None
+        self._rescorer: Rescorer | None = None
+        self._knobs = Knobs(tis_cap=None, replay_routing=False)
 
     def rendezvous(self) -> Rendezvous:
         """Open the meeting point on this node. Asked of rank 0 only."""
@@ -101,13 +115,16 @@ class TrainerRank:
         module = build_module(self._model, config, ds_config)
         self._engine, *_ = deepspeed.initialize(model=module, model_parameters=module.parameters(), config=ds_config)
         restore_rotary_frequencies(module)
+        self._replay = RouterReplay(module)
+        if config.replay_routing and not self._replay.can_replay:
+            raise InvalidRequest("trainer.replay_routing", True, "false: this model has no router that can replay")
         if config.kl_reference is not Reference.NONE:
             ds_reference = {key: value for key, value in ds_config.items() if key != "optimizer"}
             frozen = build_module(self._model, config, ds_config).requires_grad_(False).eval()
             self._reference, *_ = deepspeed.initialize(model=frozen, config=ds_reference)
             restore_rotary_frequencies(frozen)
 
-    def train_step(self, updates: list[MiniBatch], lr: float, version: int) -> StepResult:
+    def train_step(self, updates: list[MiniBatch], lr: float, version: int, knobs: Knobs) -> StepResult:
         """Take one optimizer step on each mini-batch, in turn.
 
         Args:
@@ -115,11 +132,13 @@ class TrainerRank:
             lr: Step size of all of them.
             version: Weight version after the last; seeds the random state, so that a resumed run
                 repeats it.
+            knobs: What may have been tightened since the start.
 
         Raises:
             LongrollError: On every rank, before that update changes the weights, when a loss is not finite.
         """
         torch.manual_seed(self._config.seed * 1_000_003 + version * self._config.num_ranks + self._rank)
+        self._knobs = knobs
         starts = self._start_logprobs(updates)
         self._engine.train()
         for group in self._engine.optimizer.param_groups:
@@ -137,16 +156,34 @@ class TrainerRank:
         """
         self._engine.eval()
         with torch.no_grad():
-            later = [[self._logprobs(self._engine, batch)[0] for batch in mini.batches] for mini in updates[1:]]
+            later = [[self._start_of(batch) for batch in mini.batches] for mini in updates[1:]]
         return [[None] * len(updates[0].batches), *later]
+
+    def _start_of(self, batch: MicroBatch) -> torch.Tensor:
+        with self._as_sampled(batch):
+            return self._logprobs(self._engine, batch)[0]
+
+    @contextmanager
+    def _as_sampled(self, batch: MicroBatch, sums: StepSums | None = None) -> Iterator[None]:
+        """Replay the experts of sampling in the policy's forwards and recomputations, if that is wanted."""
+        if not self._knobs.replay_routing:
+            yield
+            return
+        recorded = fetch_recorded(batch, self._device)
+        if sums is not None:
+            sums.routing_replayed += recorded.num_found
+            sums.routing_missing += recorded.num_missing
+        with self._replay.replaying(recorded):
+            yield
 
     def _update(self, mini: MiniBatch, starts: list[torch.Tensor | None], version: int) -> StepResult:
         local = StepSums()
         for batch, start in zip(mini.batches, starts, strict=True):
-            loss = self._micro_batch_loss(batch, start, mini.num_tokens, local)
-            # DeepSpeed divides the summed gradient by the number of ranks; the weights of the tokens
-            # already are those of the mini-batch over all ranks.
-            self._engine.backward(loss * self._config.num_ranks)
+            with self._as_sampled(batch, local):
+                loss = self._micro_batch_loss(batch, start, mini.num_tokens, local)
+                # DeepSpeed divides the summed gradient by the number of ranks; the weights of the tokens
+                # already are those of the mini-batch over all ranks.
+                self._engine.backward(loss * self._config.num_ranks)
         sums = self._reduce(local)
         if not torch.isfinite(sums.to_tensor()).all():
             raise LongrollError(f"version {version}: got a loss that is not finite ({sums}); no step was taken on it")
@@ -170,7 +207,8 @@ class TrainerRank:
         logprobs, aux_loss = self._logprobs(self._engine, batch)
         if start is None:
             start = logprobs.detach()
-        tis = importance_weights(start, sampling, config.tis_cap) if config.use_tis else None
+        cap = self._knobs.tis_cap
+        tis = None if cap is None else importance_weights(start, sampling, cap)
         terms = policy_loss(
             logprobs,
             ratio_base(start, sampling, use_tis=config.use_tis),
@@ -185,7 +223,7 @@ class TrainerRank:
         sums.add(terms, measure(start, sampling, is_trained))
         sums.neg_logprob -= float(start[is_trained].sum())
         sums.tis_weight += float(is_trained.sum() if tis is None else tis[is_trained].sum())
-        sums.tis_capped += 0.0 if tis is None else float((tis[is_trained] >= config.tis_cap).sum())
+        sums.tis_capped += 0.0 if tis is None or cap is None else float((tis[is_trained] >= cap).sum())
         if aux_loss is None:
             return terms.loss
         # The load-balancing loss is not a sum over tokens; each micro-batch counts by its share of them.
@@ -221,15 +259,40 @@ class TrainerRank:
         total[-1:] = largest
         return StepSums.from_tensor(total)
 
+    def rescore(self, batches: list[MicroBatch], knobs: Knobs, is_captured: bool) -> CauseSums:
+        """Measure the mismatch by cause on this rank's share of a slice; see Rescorer.measure.
+
+        Args:
+            batches: The same number on every rank.
+            knobs: Of the update that comes next.
+            is_captured: Whether any trajectory of the slice has captured routing.
+        """
+        if self._rescorer is None:
+            weights = ServedWeights(self._engine.module, self._encoding.plans(self._model.path))
+            self._rescorer = Rescorer(weights, self._replay, self._kv_cache_dtype, self._score, self._device)
+        self._engine.eval()
+        found = [self._rescorer.measure(b, replays=knobs.replay_routing, is_captured=is_captured) for b in batches]
+        return sum(found, CauseSums())
+
+    def _score(self, batch: MicroBatch) -> torch.Tensor:
+        return self._logprobs(self._engine, batch)[0]
+
     def publish(self, version: int) -> SyncReport | None:
         """Send the weights to the controller; see WeightSource.publish."""
         if self._controller is None:
             raise InvalidRequest("publish", "a trainer without a controller", "one that serves engines")
-        if self._source is None:  # kept: its transport stays open
+        if self._source is None:  # kept: what it last sent is what it compares with
             receiver = ControllerReceiver(self._controller, 2 * self._sync.publication_timeout_s)
-            transport = make_transport(self._sync, receiver, ray.util.get_node_ip_address(), self._device)
-            self._source = WeightSource(self._engine.module, self._model.dtype, self._sync, receiver, transport)
+            ranks = RankGroup(dist.group.WORLD, self._device)
+            transport = make_transport(self._sync, receiver, ranks, ray.util.get_node_ip_address(), self._device)
+            plans = self._encoding.plans(self._model.path)
+            self._source = WeightSource(self._engine.module, plans, self._sync, receiver, transport, ranks)
         return self._source.publish(version)
+
+    def release(self) -> None:
+        """Give up shared memory, before the process is killed. Not collective."""
+        if self._source is not None:
+            self._source.release()
 
     def save(self, step: int) -> None:
         """Write this rank's part of a checkpoint and seal it."""

@@ -8,8 +8,10 @@ whole group with one clear error, because the others would wait for it in a coll
 from __future__ import annotations
 
 import logging
+import random
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +19,30 @@ import ray
 from ray.actor import ActorHandle
 from ray.exceptions import RayActorError, RayTaskError
 
+from actors.served_encoding import ServedEncoding
 from actors.trainer import Continuation, StepResult, TrainerRank
-from rollout.batch import plan_updates, select
+from rollout.batch import Selection, plan_ranks, plan_updates, select
 from rollout.checkpoints import CheckpointDir
-from rollout.config import ClusterConfig, ModelConfig, SamplingConfig, SyncConfig, TrainerConfig
+from rollout.config import (
+    ClusterConfig,
+    EngineConfig,
+    MismatchConfig,
+    ModelConfig,
+    SamplingConfig,
+    SyncConfig,
+    TrainerConfig,
+)
 from rollout.cursor import Cursor
 from rollout.errors import CheckpointBroken, EngineDead, InvalidRequest, SyncRefused, TrainerDead
 from rollout.fleet import SyncReport
 from rollout.lr_schedule import lr_at
+from rollout.mismatch import Knobs, MismatchReport, report_of, respond
 from rollout.train_metrics import StepSums, TrainMetrics, summarise
 from rollout.types import Group
 
 logger = logging.getLogger(__name__)
 DYING_WORDS_S = 3.0  # after one rank failed: how long the others may tell why, before all are killed
+RELEASE_S = 1.0  # before they are killed: how long ranks may take to give up their shared memory
 SURVIVED = (SyncRefused, EngineDead, CheckpointBroken, InvalidRequest)
 """Errors that every rank leaves together, so that the group can go on."""
 
@@ -44,6 +57,7 @@ class TrainerGroup:
         checkpoints: Where checkpoints lie.
         publish_timeout_s: Longest wait for a publication.
         has_controller: Whether publications go anywhere.
+        mismatch: How the gap to sampling is measured, and what is done about it.
     """
 
     def __init__(
@@ -54,11 +68,13 @@ class TrainerGroup:
         checkpoints: CheckpointDir,
         publish_timeout_s: float,
         has_controller: bool,
+        mismatch: MismatchConfig,
     ) -> None:
         self._ranks, self._config, self._sampling = ranks, config, sampling
         self._checkpoints, self._publish_timeout_s = checkpoints, publish_timeout_s
-        self._has_controller = has_controller
+        self._has_controller, self._mismatch = has_controller, mismatch
         self._version = 0
+        self._knobs = Knobs(tis_cap=config.tis_cap if config.use_tis else None, replay_routing=config.replay_routing)
 
     @staticmethod
     def start(
@@ -69,12 +85,16 @@ class TrainerGroup:
         cluster: ClusterConfig,
         run_dir: str | Path,
         controller: ActorHandle | None = None,
+        engine: EngineConfig | None = None,
+        mismatch: MismatchConfig | None = None,
     ) -> TrainerGroup:
         """Start all ranks and load the model; Ray must be initialised.
 
         Args:
             run_dir: Checkpoints go to run_dir/checkpoints; every rank's node must reach it.
             controller: Receives publications; None when nothing is served.
+            engine: Of the engines it serves with, for the encoding of publications; None = the defaults.
+            mismatch: How the gap to sampling is measured; None = the defaults.
 
         Raises:
             InvalidRequest: If the options contradict each other or the model directory is wrong.
@@ -90,8 +110,10 @@ class TrainerGroup:
             num_gpus=trainer.num_gpus_per_rank,
             runtime_env={"env_vars": env},
         )
+        engine = engine or EngineConfig()
+        encoding, kv = ServedEncoding.of(model, engine), engine.kv_cache_dtype
         ranks = [
-            actor.remote(rank, model, trainer, sync, sampling.temperature, controller, checkpoints)
+            actor.remote(rank, model, trainer, sync, sampling.temperature, controller, checkpoints, encoding, kv)
             for rank in range(trainer.num_ranks)
         ]
         group = TrainerGroup(
@@ -101,6 +123,7 @@ class TrainerGroup:
             checkpoints,
             publish_timeout_s=trainer.distributed_timeout_s + 2 * sync.publication_timeout_s,
             has_controller=controller is not None,
+            mismatch=mismatch or MismatchConfig(),
         )
         try:
             rendezvous = group._wait([ranks[0].rendezvous.remote()], trainer.start_timeout_s, "start")[0]
@@ -123,6 +146,7 @@ class TrainerGroup:
 
         Raises:
             InvalidRequest: If a group is not as it should be; nothing was changed.
+            MismatchOverBudget: If the mismatch is over its budget and that is to end the run; nothing was changed.
             TrainerDead: If a rank failed; the group has been stopped.
         """
         begun = time.monotonic()
@@ -131,9 +155,14 @@ class TrainerGroup:
         lr = lr_at(self._version, config.lr, config.lr_warmup_steps)
         version = self._version + 1
         result = StepResult(sums=StepSums(), grad_norm=0.0)
+        report = None
         if selection.samples:
+            report = self._watch_mismatch(selection)
             plans = plan_updates(selection.samples, config, self._sampling.max_tokens)
-            refs = [rank.train_step.remote(plan, lr, version) for rank, plan in zip(self._ranks, plans, strict=True)]
+            refs = [
+                rank.train_step.remote(plan, lr, version, self._knobs)
+                for rank, plan in zip(self._ranks, plans, strict=True)
+            ]
             result = self._wait(refs, config.distributed_timeout_s, f"step to version {version}")[0]
         else:
             logger.warning("version %d: no trajectory left to train on, weights unchanged", version)
@@ -145,7 +174,30 @@ class TrainerGroup:
             grad_norm=result.grad_norm,
             lr=lr,
             duration_s=time.monotonic() - begun,
+            knobs=self._knobs,
+            mismatch=report,
         )
+
+    def _watch_mismatch(self, selection: Selection) -> MismatchReport | None:
+        """Measure the mismatch by cause where it is due, before the update, and respond to it."""
+        config, version = self._mismatch, self._version
+        if config.every_steps == 0 or version % config.every_steps:
+            return None
+        count = min(config.num_trajectories, len(selection.samples))
+        draw = random.Random(self._config.seed * 1_000_003 + version)
+        chosen = [selection.samples[i] for i in sorted(draw.sample(range(len(selection.samples)), count))]
+        is_captured = any(sample.trajectory.routed_experts for sample in chosen)
+        plans = plan_ranks(chosen, self._config.num_ranks, self._config.micro_batch_tokens)
+        refs = [
+            rank.rescore.remote(plan, self._knobs, is_captured) for rank, plan in zip(self._ranks, plans, strict=True)
+        ]
+        parts = self._wait(refs, self._config.distributed_timeout_s, f"mismatch under version {version}")
+        report = report_of(parts, version)
+        response = respond(report, config, self._knobs)
+        for message in response.messages:
+            logger.warning("version %d: %s", version, message)
+        self._knobs = response.knobs
+        return report
 
     def publish(self) -> SyncReport:
         """Send the weights of the current version to the shards.
@@ -171,6 +223,7 @@ class TrainerGroup:
         if cursor.version != self._version:
             raise InvalidRequest("cursor.version", cursor.version, f"the trainer's version {self._version}")
         step = cursor.version
+        cursor = replace(cursor, knobs=self._knobs)
         self._checkpoints.begin(step)
         self._everywhere("save", step)
         self._checkpoints.commit(step, cursor, self._config.keep_checkpoints)
@@ -188,6 +241,7 @@ class TrainerGroup:
         self._everywhere("verify", step)
         self._everywhere("load", step)
         self._version = cursor.version
+        self._knobs = cursor.knobs or self._knobs
         return cursor
 
     def greedy(self, prompts: Sequence[Sequence[int]], num_tokens: int) -> list[Continuation]:
@@ -203,6 +257,7 @@ class TrainerGroup:
 
     def stop(self) -> None:
         """End all rank actors; harmless when they are gone already."""
+        ray.wait([rank.release.remote() for rank in self._ranks], num_returns=len(self._ranks), timeout=RELEASE_S)
         for rank in self._ranks:
             ray.kill(rank)
 

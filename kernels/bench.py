@@ -1,60 +1,22 @@
 """Correctness, then speed, of each kernel: ``python -m kernels.bench [--op NAME] [--json OUT]``.
 
-Owns the measuring; knows of each operation only its bench function in ``BENCHES``. Runs with torch
-and triton alone. Without CUDA it times the CPU reference at small shapes and says so.
+Owns the table; knows of each operation only its bench function in ``BENCHES``. Runs with torch and
+triton alone. Without CUDA it times the CPU reference at small shapes and says so.
 """
 
 import argparse
 import itertools
 import json
 import math
-import statistics
-import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
 import torch
 
+from kernels.bench_int4 import bench_int4_linear, bench_int4_moe
+from kernels.bench_kv import bench_kv_attention
 from kernels.gumbel_sample import GUMBEL_MAX, gumbel_noise, gumbel_sample
-
-NUM_ROTATING_INPUTS = 4
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Result:
-    """One line of the table. Bytes are those the operation must read and write at least once."""
-
-    op: str
-    shape: str
-    device: str
-    time_us: float
-    gb_per_s: float
-    memcpy_share: float | None
-    max_logprob_error: float
-
-
-def median_time_s(run: Callable[[], object], device: str) -> float:
-    """Return the median time of one call, in seconds."""
-    if device == "cuda":
-        from triton.testing import do_bench
-
-        return do_bench(run, warmup=50, rep=300, return_mode="median") * 1e-3
-    run()
-    times_s: list[float] = []
-    deadline = time.perf_counter() + 0.5
-    while len(times_s) < 5 or time.perf_counter() < deadline:
-        start = time.perf_counter()
-        run()
-        times_s.append(time.perf_counter() - start)
-    return statistics.median(times_s)
-
-
-def memcpy_bandwidth(device: str) -> float:
-    """Return the measured bytes per second of a large copy, reads and writes counted."""
-    num_bytes = 2**30 if device == "cuda" else 2**26
-    source = torch.empty(num_bytes, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    return 2 * num_bytes / median_time_s(lambda: target.copy_(source), device)
+from kernels.measure import NUM_ROTATING_INPUTS, Result, median_time_s, memcpy_bandwidth
 
 
 def check_gumbel_sample(logits: torch.Tensor, arguments: dict[str, torch.Tensor]) -> float:
@@ -109,19 +71,25 @@ def bench_gumbel_sample(device: str, bandwidth: float) -> Iterator[Result]:
             time_us=seconds * 1e6,
             gb_per_s=rate * 1e-9,
             memcpy_share=rate / bandwidth if device == "cuda" else None,
-            max_logprob_error=error,
+            error=error,
         )
 
 
-BENCHES: dict[str, Callable[[str, float], Iterator[Result]]] = {"gumbel_sample": bench_gumbel_sample}
+BENCHES: dict[str, Callable[[str, float], Iterator[Result]]] = {
+    "gumbel_sample": bench_gumbel_sample,
+    "int4_linear": bench_int4_linear,
+    "int4_moe": bench_int4_moe,
+    "kv_attention": bench_kv_attention,
+}
 
 
 def format_row(result: Result) -> str:
     """Return one line of the table."""
     share = "-" if result.memcpy_share is None else f"{result.memcpy_share:.0%}"
+    ratio = "-" if result.ratio_to_bf16 is None else f"{result.ratio_to_bf16:.2f}x"
     return (
-        f"{result.op:<16} {result.shape:<20} {result.device:<5} {result.time_us:>10.1f}"
-        f" {result.gb_per_s:>8.1f} {share:>7} {result.max_logprob_error:>10.1e}"
+        f"{result.op:<16} {result.shape:<32} {result.device:<5} {result.time_us:>10.1f}"
+        f" {result.gb_per_s:>8.1f} {share:>7} {ratio:>8} {result.error:>10.1e}"
     )
 
 
@@ -139,8 +107,8 @@ def main() -> None:
         print(f"{device_name}: memcpy {bandwidth * 1e-9:.0f} GB/s (read and write)")
     else:
         print("cuda: not measured")
-    header = ("op", "shape", "on", "us", "GB/s", "memcpy", "error")
-    print("{:<16} {:<20} {:<5} {:>10} {:>8} {:>7} {:>10}".format(*header))
+    header = ("op", "shape", "on", "us", "GB/s", "memcpy", "to bf16", "error")
+    print("{:<16} {:<32} {:<5} {:>10} {:>8} {:>7} {:>8} {:>10}".format(*header))
     results = []
     for name in [options.op] if options.op else list(BENCHES):
         for result in BENCHES[name](device, bandwidth):

@@ -6,16 +6,19 @@ function from a RunConfig; none of them looks at the machine.
 
 from __future__ import annotations
 
-from rollout.config import ClusterConfig, EngineConfig, InFlight, RunConfig, TrainerConfig
+from rollout.config import ClusterConfig, EngineConfig, InFlight, MismatchConfig, OverBudget, RunConfig, TrainerConfig
 from rollout.errors import InvalidRequest
+from rollout.mismatch import MEASURABLE_KV
 from rollout.types import SamplingParams
 
 PLACEMENT_STRATEGIES = ("PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD")
+CPU_KV_CACHE_DTYPES = ("auto", "int8_per_token_head")
+GPU_KV_CACHE_DTYPES = (*CPU_KV_CACHE_DTYPES, "fp8", "fp8_e4m3", "fp8_e5m2", "fp8_per_token_head")
 
 
 def check(config: RunConfig) -> None:
     """Run every check. Raises InvalidRequest on the first that fails."""
-    for one in (_sampling, _room, _accelerator, _cpu_engine, _gpu_engine, _sync, _trainer, _workload):
+    for one in (_sampling, _room, _accelerator, _cpu_engine, _gpu_engine, _sync, _trainer, _mismatch, _workload):
         one(config)
 
 
@@ -62,10 +65,10 @@ def _accelerator(config: RunConfig) -> None:
         )
     if cluster.num_gpus_per_node == 0:
         return
-    have, want = cluster.num_nodes * cluster.num_gpus_per_node, engine.num_shards * engine.tensor_parallel_size
+    have, want = cluster.num_nodes * cluster.num_gpus_per_node, engine.num_all_shards * engine.tensor_parallel_size
     if want > have:
         raise InvalidRequest(
-            "engine.num_shards × engine.tensor_parallel_size",
+            "engine.num_groups × engine.num_shards × engine.tensor_parallel_size",
             want,
             f"at most cluster.num_nodes × cluster.num_gpus_per_node = {have}",
         )
@@ -86,8 +89,10 @@ def _cpu_engine(config: RunConfig) -> None:
     if (config.cluster.placement_strategy, config.cluster.num_nodes) != (ClusterConfig().placement_strategy, 1):
         got = f"{config.cluster.placement_strategy} on {config.cluster.num_nodes}"
         raise InvalidRequest("cluster.placement_strategy / num_nodes", got, "PACK on 1: no effect without GPUs")
-    if engine.kv_cache_dtype != "auto":
-        raise InvalidRequest("engine.kv_cache_dtype", engine.kv_cache_dtype, "auto, the only one on CPU")
+    if engine.kv_cache_dtype not in CPU_KV_CACHE_DTYPES:
+        raise InvalidRequest(
+            "engine.kv_cache_dtype", engine.kv_cache_dtype, f"{' or '.join(CPU_KV_CACHE_DTYPES)} on CPU"
+        )
     if not engine.enforce_eager:
         raise InvalidRequest("engine.enforce_eager", False, "true on CPU, where there are no graphs to capture")
     if engine.gpu_memory_utilization != default.gpu_memory_utilization:
@@ -97,14 +102,16 @@ def _cpu_engine(config: RunConfig) -> None:
             "its default on CPU, where it has no effect; use engine.kv_cache_bytes",
         )
     bind = engine.omp_threads_bind
-    if bind is not None and len(bind.split("|")) != engine.num_shards:
-        raise InvalidRequest("engine.omp_threads_bind", bind, f"{engine.num_shards} core lists with '|' between")
+    if bind is not None and len(bind.split("|")) != engine.num_all_shards:
+        raise InvalidRequest("engine.omp_threads_bind", bind, f"{engine.num_all_shards} core lists with '|' between")
 
 
 def _gpu_engine(config: RunConfig) -> None:
     if config.cluster.num_gpus_per_node == 0:
         return
     engine, default = config.engine, EngineConfig()
+    if engine.kv_cache_dtype not in GPU_KV_CACHE_DTYPES:
+        raise InvalidRequest("engine.kv_cache_dtype", engine.kv_cache_dtype, f"one of {', '.join(GPU_KV_CACHE_DTYPES)}")
     if engine.omp_threads_bind is not None:
         raise InvalidRequest("engine.omp_threads_bind", engine.omp_threads_bind, "null on GPU")
     if engine.kv_cache_bytes is not None and engine.gpu_memory_utilization != default.gpu_memory_utilization:
@@ -163,6 +170,31 @@ def _trainer(config: RunConfig) -> None:
         raise InvalidRequest("sampling.temperature", 0, "> 0: greedy members of a group are all the same")
     if config.trainer.zero_stage not in (1, 2, 3):  # without ZeRO, DeepSpeed reports no gradient norm in float32
         raise InvalidRequest("trainer.zero_stage", config.trainer.zero_stage, "1, 2 or 3")
+
+
+def _mismatch(config: RunConfig) -> None:
+    mismatch, trainer = config.mismatch, config.trainer
+    is_captured = config.engine.enable_return_routed_experts
+    if trainer.replay_routing and not is_captured:
+        raise InvalidRequest("trainer.replay_routing", True, "false without engine.enable_return_routed_experts")
+    if mismatch.every_steps == 0:
+        if mismatch != MismatchConfig():
+            raise InvalidRequest(
+                "mismatch", mismatch, "its defaults with mismatch.every_steps = 0: nothing is measured"
+            )
+        return
+    if config.engine.kv_cache_dtype not in MEASURABLE_KV:
+        expected = f"one of {', '.join(MEASURABLE_KV)} with mismatch.every_steps"
+        raise InvalidRequest("engine.kv_cache_dtype", config.engine.kv_cache_dtype, expected)
+    if mismatch.budget_kl.routing is not None and not is_captured:
+        raise InvalidRequest(
+            "mismatch.budget_kl.routing", mismatch.budget_kl.routing, "null without engine.enable_return_routed_experts"
+        )
+    can_replay = is_captured and not trainer.replay_routing
+    if mismatch.action is OverBudget.TIGHTEN and not (trainer.use_tis or can_replay):
+        raise InvalidRequest(
+            "mismatch.action", "tighten", "another one: there is neither tis_cap nor routing to tighten"
+        )
 
 
 def _workload(config: RunConfig) -> None:

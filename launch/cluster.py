@@ -45,7 +45,8 @@ def start_ray(config: RunConfig) -> None:
             raise LongrollError(f"Ray cluster: got no answer at {address} ({error}), expected a running one") from error
         return
     wanted = (
-        config.engine.num_shards * cluster.num_cpus_per_shard + config.trainer.num_ranks * cluster.num_cpus_per_trainer
+        config.engine.num_all_shards * cluster.num_cpus_per_shard
+        + config.trainer.num_ranks * cluster.num_cpus_per_trainer
     )
     ray.init(
         address="local",  # never an unrelated cluster that happens to run on this machine

@@ -28,6 +28,12 @@ class StepRecord:
         rollout_s, train_s, sync_s, save_s: Wall time of each part.
         stall_s: Time in which no shard decoded because of the sync.
         mismatch_kl: Sampling against training log-probabilities, mean over tokens.
+        mismatch_kl_slice, mismatch_kl_weights, mismatch_kl_kv, mismatch_kl_routing, mismatch_kl_staleness: The same and
+            its causes on a slice of the step (see rollout.mismatch); None in steps that do not measure them.
+        routing_kl_without_replay, routing_flip_rate: What replay removes of it, and how often the training forward
+            alone would choose other experts; None where no routing was captured or measured.
+        num_routing_replayed, num_routing_missing: Trajectories trained with and without the routing they should have.
+        tis_cap: Cap of the importance weights, which a mismatch budget may have tightened; None without them.
         loss, grad_norm, clip_fraction, entropy, lr: Of the policy update.
         reference_kl: KL of the policy to its reference, mean over tokens; 0 without one.
         tis_weight_mean, tis_capped_fraction: Of the truncated importance weights.
@@ -67,6 +73,16 @@ class StepRecord:
     kv_usage_max: float
     is_skipped: bool
     trajectories_digest: str
+    mismatch_kl_slice: float | None = None
+    mismatch_kl_weights: float | None = None
+    mismatch_kl_kv: float | None = None
+    mismatch_kl_routing: float | None = None
+    mismatch_kl_staleness: float | None = None
+    routing_kl_without_replay: float | None = None
+    routing_flip_rate: float | None = None
+    num_routing_replayed: int = 0
+    num_routing_missing: int = 0
+    tis_cap: float | None = None
 
     @property
     def tokens_per_s(self) -> float:

@@ -176,14 +176,14 @@ class Monitor:
 
 AREAS = {
     "rollout/step": ("rollout", "perf", "async", "engine"),
-    "train/step": ("train", "mismatch_kl", "sync", "timing_s", "eval"),
+    "train/step": ("train", "mismatch_kl", "routing", "sync", "timing_s", "eval"),
 }
 """Step axis of each area of keys."""
 
 
 def wandb_row(record: StepRecord) -> dict[str, float]:
-    """W&B keys of a step, `area/name`."""
-    return {
+    """W&B keys of a step, `area/name`; what the step did not measure has none."""
+    row = {
         "rollout/step": record.step,
         "rollout/reward_mean": record.reward_mean,
         "rollout/reward_std": record.reward_std,
@@ -209,13 +209,24 @@ def wandb_row(record: StepRecord) -> dict[str, float]:
         "train/tis_capped_fraction": record.tis_capped_fraction,
         "engine/kv_cache_usage": record.kv_usage_max,
         "train/is_skipped": float(record.is_skipped),
+        "train/tis_cap": record.tis_cap,
         "mismatch_kl/all": record.mismatch_kl,
+        "mismatch_kl/slice": record.mismatch_kl_slice,
+        "mismatch_kl/weights": record.mismatch_kl_weights,
+        "mismatch_kl/kv": record.mismatch_kl_kv,
+        "mismatch_kl/routing": record.mismatch_kl_routing,
+        "mismatch_kl/staleness": record.mismatch_kl_staleness,
+        "routing/kl_without_replay": record.routing_kl_without_replay,
+        "routing/flip_rate": record.routing_flip_rate,
+        "routing/num_replayed": record.num_routing_replayed,
+        "routing/num_missing": record.num_routing_missing,
         "sync/stall_ms": record.stall_s * 1e3,
         "timing_s/rollout": record.rollout_s,
         "timing_s/train": record.train_s,
         "timing_s/sync": record.sync_s,
         "timing_s/save": record.save_s,
     }
+    return {key: value for key, value in row.items() if value is not None}
 
 
 def _run_id(run_dir: Path) -> str:

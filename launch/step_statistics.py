@@ -6,11 +6,13 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from launch.evaluation import is_exact
 from launch.history import StepRecord
 from rollout.errors import LongrollError
 from rollout.fleet import SyncReport
+from rollout.mismatch import MismatchReport
 from rollout.train_metrics import TrainMetrics
 from rollout.types import Group, Status, Trajectory
 
@@ -97,4 +99,23 @@ def step_record(
         kv_usage_max=kv_usage_max,
         is_skipped=metrics.is_skipped,
         trajectories_digest=trajectories_digest(trajectories),
+        num_routing_replayed=metrics.num_routing_replayed,
+        num_routing_missing=metrics.num_routing_missing,
+        tis_cap=metrics.tis_cap,
+        **_causes(metrics.mismatch),
+    )
+
+
+def _causes(report: MismatchReport | None) -> dict[str, Any]:
+    """Fields of a record about a measurement of the mismatch by cause; none in steps without."""
+    if report is None:
+        return {}
+    return dict(
+        mismatch_kl_slice=report.all,
+        mismatch_kl_weights=report.weights,
+        mismatch_kl_kv=report.kv,
+        mismatch_kl_routing=report.routing,
+        mismatch_kl_staleness=report.staleness,
+        routing_kl_without_replay=report.routing_without_replay,
+        routing_flip_rate=report.routing_flip_rate,
     )

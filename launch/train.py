@@ -178,7 +178,7 @@ def sampling_params(config: RunConfig, max_tokens: int) -> SamplingParams:
 
 
 def service_of(config: RunConfig, monitor: Monitor) -> Service:
-    monitor.say(f"starting {config.engine.num_shards} shards; importing vLLM takes each of them a minute or so")
+    monitor.say(f"starting {config.engine.num_all_shards} shards; importing vLLM takes each of them a minute or so")
     return start_service(
         config.model,
         config.engine,
@@ -192,7 +192,15 @@ def service_of(config: RunConfig, monitor: Monitor) -> Service:
 @contextmanager
 def trainers_of(config: RunConfig, run_dir: Path, controller: Any) -> Iterator[TrainerGroup]:
     trainers = TrainerGroup.start(
-        config.model, config.trainer, config.sampling, config.sync, config.cluster, run_dir, controller
+        config.model,
+        config.trainer,
+        config.sampling,
+        config.sync,
+        config.cluster,
+        run_dir,
+        controller,
+        config.engine,
+        config.mismatch,
     )
     try:
         yield trainers

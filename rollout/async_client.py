@@ -8,14 +8,15 @@ import uuid
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
-from rollout.client import MAX_GROUPS_PER_CALL, POLL_S, ProgressCallback, Reader, Weights
-from rollout.errors import LongrollError, UnknownHandle
+from rollout.client import MAX_GROUPS_PER_CALL, POLL_S, ProgressCallback, Reader
+from rollout.errors import LongrollError, SyncRefused, UnknownHandle
 from rollout.fleet import ServiceStats, SyncReport
 from rollout.handles import Delivery, Progress, RolloutHandle
 from rollout.remote import client_error
 from rollout.requests import PromptLike, build_request
-from rollout.sync.manifest import BucketRef, TensorSpec
-from rollout.sync.outgoing import DEFAULT_BUCKET_BYTES, OutgoingVersion
+from rollout.sync.encoding import TensorPlan
+from rollout.sync.manifest import BucketRef, Piece
+from rollout.sync.outgoing import DEFAULT_BUCKET_BYTES, OutgoingVersion, PublishedVersion, Weights
 from rollout.sync.segments import unlink
 from rollout.types import Group, ModelLimits, SamplingParams
 
@@ -26,10 +27,13 @@ class AsyncRolloutClient:
     Args:
         controller: Actor handle of the controller (see actors.service.connect).
         bucket_bytes: Largest piece of a publication in shared memory at once.
+        send_changes: Keep what was published last, in the served encoding, and send only what changed.
     """
 
-    def __init__(self, controller: Any, bucket_bytes: int = DEFAULT_BUCKET_BYTES) -> None:
-        self._controller, self._bucket_bytes = controller, bucket_bytes
+    def __init__(self, controller: Any, bucket_bytes: int = DEFAULT_BUCKET_BYTES, send_changes: bool = False) -> None:
+        self._controller, self._bucket_bytes, self._send_changes = controller, bucket_bytes, send_changes
+        self._plans: dict[str, TensorPlan] | None = None
+        self._published: PublishedVersion | None = None
         self._client_id = uuid.uuid4().hex
         self._num_submitted = 0
         self._limits: ModelLimits | None = None
@@ -124,25 +128,40 @@ class AsyncRolloutClient:
         stats: ServiceStats = await self._call("stats")
         return stats
 
-    async def publish(self, version: int, weights: Weights, specs: Sequence[TensorSpec] | None = None) -> SyncReport:
+    async def publish(self, version: int, weights: Weights) -> SyncReport:
         """Send new weights to all shards and switch to them; see RolloutClient.publish."""
-        outgoing = OutgoingVersion(version, weights, specs, self._bucket_bytes)
-        await self.begin_publish(version, outgoing.specs)
-        buckets = outgoing.buckets()
+        if self._plans is None:
+            self._plans = await self._call("served_plans")
+        outgoing = OutgoingVersion(
+            version, weights, self._plans, self._bucket_bytes, self._published, is_kept=self._send_changes
+        )
+        attempt = await self._begin(version, outgoing)
+        buckets = outgoing.buckets(attempt)
         try:
             while (ref := await asyncio.to_thread(next, buckets, None)) is not None:
                 await self.publish_bucket(ref)
-            return await self.commit_publish(version)
+            report = await self.commit_publish(version)
         except BaseException:
             with contextlib.suppress(LongrollError):
                 await asyncio.shield(self.abandon_publish(version))
             raise
+        self._published = outgoing.published
+        return report
 
-    async def begin_publish(self, version: int, specs: Sequence[TensorSpec]) -> None:
-        await self._call("begin_publish", version, tuple(specs))
+    async def _begin(self, version: int, outgoing: OutgoingVersion) -> int:
+        if outgoing.base is not None:
+            with contextlib.suppress(SyncRefused):  # somebody else has published, or a shard was restarted
+                return await self.begin_publish(version, outgoing.base, outgoing.pieces)
+            outgoing.send_everything()
+        return await self.begin_publish(version, None, outgoing.pieces)
+
+    async def begin_publish(self, version: int, base: int | None, pieces: Sequence[tuple[int, Piece]]) -> int:
+        """Open a publication; see RolloutClient.begin_publish."""
+        attempt: int = await self._call("begin_publish", version, base, tuple(pieces))
+        return attempt
 
     async def publish_bucket(self, ref: BucketRef) -> None:
-        """Let every shard copy a bucket; its segment is unlinked, whatever happens."""
+        """Let every shard take in a bucket; its segment is unlinked, whatever happens."""
         try:
             await self._call("publish_bucket", ref)
         finally:

@@ -17,6 +17,7 @@ import torch
 from rollout.config import TrainerConfig
 from rollout.errors import InvalidRequest
 from rollout.loss import group_advantages, token_weights
+from rollout.routing import RoutingRef
 from rollout.types import Group, Status, Trajectory
 
 TRAINABLE = (Status.COMPLETED, Status.TRUNCATED)
@@ -82,6 +83,8 @@ class MicroBatch:
         sampling_logprobs: float32 [B, T], 0 where nothing is trained.
         weights: float32 [B, T], 0 where nothing is trained.
         advantages: float32 [B, 1].
+        versions: int64 [B, T], weight version each output token was sampled under, 0 elsewhere.
+        routing: For each row where the experts of its tokens lie, in order; nothing where they were not captured.
     """
 
     input_ids: torch.Tensor
@@ -90,6 +93,8 @@ class MicroBatch:
     sampling_logprobs: torch.Tensor
     weights: torch.Tensor
     advantages: torch.Tensor
+    versions: torch.Tensor
+    routing: tuple[tuple[RoutingRef, ...], ...]
 
     @property
     def targets(self) -> torch.Tensor:
@@ -219,6 +224,8 @@ def pad(samples: Sequence[Sample]) -> MicroBatch:
         sampling_logprobs=torch.zeros(len(samples), length - first),
         weights=torch.zeros(len(samples), length - first),
         advantages=torch.tensor([[s.advantage] for s in samples], dtype=torch.float32),
+        versions=torch.zeros(len(samples), length - first, dtype=torch.int64),
+        routing=tuple(s.trajectory.routed_experts for s in samples),
     )
     for row, sample in enumerate(samples):
         t = sample.trajectory
@@ -228,6 +235,8 @@ def pad(samples: Sequence[Sample]) -> MicroBatch:
         batch.input_ids[row, : sample.num_tokens] = torch.tensor([*t.prompt_token_ids, *t.token_ids])
         batch.sampling_logprobs[row, start:stop] = torch.tensor(t.logprobs) * mask
         batch.weights[row, start:stop] = sample.weight * mask
+        for span in t.weight_versions:
+            batch.versions[row, start + span.start : start + span.stop] = span.version
     return batch
 
 
@@ -240,6 +249,8 @@ def empty_micro_batch() -> MicroBatch:
         sampling_logprobs=torch.zeros(1, 1),
         weights=torch.zeros(1, 1),
         advantages=torch.zeros(1, 1),
+        versions=torch.zeros(1, 1, dtype=torch.int64),
+        routing=((),),
     )
 
 

@@ -9,24 +9,22 @@ from __future__ import annotations
 
 import contextlib
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import torch
-
-from rollout.errors import LongrollError, UnknownHandle
+from rollout.errors import LongrollError, SyncRefused, UnknownHandle
 from rollout.fleet import ServiceStats, SyncReport
 from rollout.handles import Delivery, Progress, RolloutHandle
 from rollout.remote import client_error
 from rollout.requests import PromptLike, build_request
-from rollout.sync.manifest import BucketRef, TensorSpec
-from rollout.sync.outgoing import DEFAULT_BUCKET_BYTES, OutgoingVersion
+from rollout.sync.encoding import TensorPlan
+from rollout.sync.manifest import BucketRef, Piece
+from rollout.sync.outgoing import DEFAULT_BUCKET_BYTES, OutgoingVersion, PublishedVersion, Weights
 from rollout.sync.segments import unlink
 from rollout.types import Group, ModelLimits, SamplingParams
 
 POLL_S = 30.0
 MAX_GROUPS_PER_CALL = 64
-Weights = Mapping[str, torch.Tensor] | Sequence[tuple[str, torch.Tensor]]
 ProgressCallback = Callable[[int, int, int], None]
 """Called with groups done, groups in all, and tokens of the groups that are done."""
 
@@ -55,10 +53,13 @@ class RolloutClient:
     Args:
         controller: Actor handle of the controller (see actors.service.connect).
         bucket_bytes: Largest piece of a publication in shared memory at once.
+        send_changes: Keep what was published last, in the served encoding, and send only what changed.
     """
 
-    def __init__(self, controller: Any, bucket_bytes: int = DEFAULT_BUCKET_BYTES) -> None:
-        self._controller, self._bucket_bytes = controller, bucket_bytes
+    def __init__(self, controller: Any, bucket_bytes: int = DEFAULT_BUCKET_BYTES, send_changes: bool = False) -> None:
+        self._controller, self._bucket_bytes, self._send_changes = controller, bucket_bytes, send_changes
+        self._plans: dict[str, TensorPlan] | None = None
+        self._published: PublishedVersion | None = None
         self._client_id = uuid.uuid4().hex
         self._num_submitted = 0
         self._limits: ModelLimits | None = None
@@ -176,36 +177,53 @@ class RolloutClient:
         stats: ServiceStats = self._call("stats")
         return stats
 
-    def publish(self, version: int, weights: Weights, specs: Sequence[TensorSpec] | None = None) -> SyncReport:
+    def publish(self, version: int, weights: Weights) -> SyncReport:
         """Send new weights to all shards and switch to them.
 
         Args:
             version: Number of optimizer steps done; above the live version.
-            weights: Every tensor by checkpoint name. With `specs`, any iterable of (name, tensor) in
-                their order will do, so that one bucket of tensors exists at a time.
-            specs: Names, shapes and dtypes, when `weights` can be read only once.
+            weights: Every tensor by checkpoint name, or (name, tensor) pairs in any order; of an iterator
+                one bucket of tensors exists at a time. They are encoded here, as they are served.
 
         Raises:
             SyncRefused: The old version goes on serving.
-            EngineDead: The fleet failed inside the switch.
+            EngineDead: No shard is left.
         """
-        outgoing = OutgoingVersion(version, weights, specs, self._bucket_bytes)
-        self.begin_publish(version, outgoing.specs)
+        if self._plans is None:
+            self._plans = self._call("served_plans")
+        outgoing = OutgoingVersion(
+            version, weights, self._plans, self._bucket_bytes, self._published, is_kept=self._send_changes
+        )
+        attempt = self._begin(version, outgoing)
         try:
-            for ref in outgoing.buckets():
+            for ref in outgoing.buckets(attempt):
                 self.publish_bucket(ref)
-            return self.commit_publish(version)
+            report = self.commit_publish(version)
         except BaseException:
             with contextlib.suppress(LongrollError):
                 self.abandon_publish(version)
             raise
+        self._published = outgoing.published
+        return report
 
-    def begin_publish(self, version: int, specs: Sequence[TensorSpec]) -> None:
-        """Open a publication, for trainers whose ranks send buckets themselves."""
-        self._call("begin_publish", version, tuple(specs))
+    def _begin(self, version: int, outgoing: OutgoingVersion) -> int:
+        if outgoing.base is not None:
+            with contextlib.suppress(SyncRefused):  # somebody else has published, or a shard was restarted
+                return self.begin_publish(version, outgoing.base, outgoing.pieces)
+            outgoing.send_everything()
+        return self.begin_publish(version, None, outgoing.pieces)
+
+    def begin_publish(self, version: int, base: int | None, pieces: Sequence[tuple[int, Piece]]) -> int:
+        """Open a publication, for trainers that make buckets themselves; see Publisher.begin.
+
+        Returns:
+            Number of the attempt, which every bucket must carry.
+        """
+        attempt: int = self._call("begin_publish", version, base, tuple(pieces))
+        return attempt
 
     def publish_bucket(self, ref: BucketRef) -> None:
-        """Let every shard copy a bucket; its segment is unlinked, whatever happens."""
+        """Let every shard take in a bucket; its segment is unlinked, whatever happens."""
         try:
             self._call("publish_bucket", ref)
         finally:

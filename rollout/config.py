@@ -57,10 +57,24 @@ class ModelConfig:
 
 
 @dataclass(kw_only=True)
-class EngineConfig:
-    """One expert-parallel group of engines; a shard is one data-parallel rank of it."""
+class Int4Config:
+    """Symmetric group-wise INT4 weights; used with engine.quantization = int4."""
 
-    num_shards: int = 2  # data-parallel ranks = Ray actors; experts are split over shards × tensor ranks
+    group_size: int = 64  # input features that share a scale: 32, 64 or 128; smaller = more accurate, more bytes
+    # Tensors whose name contains one of these stay in the activation dtype (norms always do).
+    skip: tuple[str, ...] = ("lm_head", "embed_tokens", "mlp.gate.")
+
+    def __post_init__(self) -> None:
+        if self.group_size not in (32, 64, 128):
+            raise InvalidRequest("engine.int4.group_size", self.group_size, "32, 64 or 128")
+
+
+@dataclass(kw_only=True)
+class EngineConfig:
+    """Expert-parallel groups of engines; a shard is one data-parallel rank of a group."""
+
+    num_shards: int = 2  # data-parallel ranks of a group = Ray actors; experts are split over shards × tensor ranks
+    num_groups: int = 1  # groups, each with all experts; they share nothing, and one's death leaves the others serving
     tensor_parallel_size: int = 1  # ranks each shard spreads its attention over
     enable_expert_parallel: bool = True  # split the experts over all ranks instead of slicing each expert
     all2all_backend: str | None = (
@@ -70,10 +84,18 @@ class EngineConfig:
     max_num_batched_tokens: int = 2048  # tokens in one step of one shard; larger = faster prefill, longer steps
     kv_cache_bytes: int | None = None  # KV cache of one shard in bytes; None = from gpu_memory_utilization
     gpu_memory_utilization: float = 0.90  # share of device memory the engine may take (GPU only)
-    kv_cache_dtype: str = "auto"  # element type of the KV cache; auto = model.dtype
+    dtype: str | None = None  # activation dtype of the engine; None = model.dtype, which the trainer uses
+    quantization: str | None = None  # weights: None = in the activation dtype, int4 = symmetric group-wise INT4
+    int4: Int4Config = field(default_factory=Int4Config)  # how, with quantization = int4
+    # Element type of the KV cache: auto = the activation dtype; int8_per_token_head = INT8 with one scale for each
+    # token and head, which about halves it; fp8 on GPUs.
+    kv_cache_dtype: str = "auto"
     block_size: int | None = None  # tokens in one KV block; None = vLLM's default for the platform
     enable_prefix_caching: bool = True  # members of a group share their prompt's KV
     enforce_eager: bool = True  # no graph capture (always so on CPU)
+    # Keep the experts chosen for every token and send them with the trajectories, for trainer.replay_routing and the
+    # routing figure of the mismatch budget. Host memory: layers × experts of a token bytes for each token of KV cache.
+    enable_return_routed_experts: bool = False
     omp_threads_bind: str | None = None  # CPU only: core list of each shard, '|' between shards; None = one core each
     distributed_timeout_s: float = (
         300.0  # a rank silent for this long in a collective, also while they meet at the start, is taken for dead
@@ -85,6 +107,7 @@ class EngineConfig:
         _positive(
             "engine",
             num_shards=self.num_shards,
+            num_groups=self.num_groups,
             tensor_parallel_size=self.tensor_parallel_size,
             max_num_seqs=self.max_num_seqs,
             max_num_batched_tokens=self.max_num_batched_tokens,
@@ -93,6 +116,15 @@ class EngineConfig:
         )
         if self.kv_cache_bytes is not None:
             _positive("engine", kv_cache_bytes=self.kv_cache_bytes)
+        if self.quantization not in (None, "int4"):
+            raise InvalidRequest("engine.quantization", self.quantization, "int4, or null for none")
+        if self.dtype not in (None, "float32", "bfloat16", "float16"):
+            raise InvalidRequest("engine.dtype", self.dtype, "float32, bfloat16, float16, or null for model.dtype")
+
+    @property
+    def num_all_shards(self) -> int:
+        """Shards of all groups."""
+        return self.num_groups * self.num_shards
 
 
 @dataclass(kw_only=True)
@@ -137,8 +169,10 @@ class SyncConfig:
     in_flight: InFlight = InFlight.KEEP  # running generations: finish first, abort, or go on under the new weights
     partial_rollout: bool = True  # after an abort, keep the tokens so far and continue under the new version
     recompute_kv: bool = True  # keep mode: re-prefill running sequences under the new weights
-    bucket_bytes: int = 64 * 2**20  # largest piece gathered and sent at once; bounds extra memory on every rank
-    transport: str = "shared_memory"  # shared_memory (one host, CPU or GPU) or nccl (GPUs of any hosts; not run so far)
+    bucket_bytes: int = 64 * 2**20  # most encoded bytes in one message; bounds memory in transit everywhere
+    # shared_memory (one host, CPU or GPU), object_store (Ray's; any hosts, CPU or GPU) or nccl (broadcasts between
+    # GPUs of any hosts; not run so far)
+    transport: str = "shared_memory"
     timeout_s: float = 120.0  # longest time one stage of a publication may take before it is refused
     drain_timeout_s: float = (
         300.0  # wait mode: longest time to finish what is running; below trainer.distributed_timeout_s
@@ -148,8 +182,8 @@ class SyncConfig:
         _positive(
             "sync", bucket_bytes=self.bucket_bytes, timeout_s=self.timeout_s, drain_timeout_s=self.drain_timeout_s
         )
-        if self.transport not in ("shared_memory", "nccl"):
-            raise InvalidRequest("sync.transport", self.transport, "shared_memory or nccl")
+        if self.transport not in ("shared_memory", "object_store", "nccl"):
+            raise InvalidRequest("sync.transport", self.transport, "shared_memory, object_store or nccl")
 
     def pause_timeout_s(self, mode: InFlight) -> float:
         """Longest time until all shards have stopped."""
@@ -158,7 +192,7 @@ class SyncConfig:
     @property
     def publication_timeout_s(self) -> float:
         """Longest time any one message of a publication may take, as a sum over its stages."""
-        return self.pause_timeout_s(self.in_flight) + 3 * self.timeout_s
+        return self.pause_timeout_s(self.in_flight) + 5 * self.timeout_s
 
 
 @dataclass(kw_only=True)
@@ -194,6 +228,9 @@ class TrainerConfig:
     use_tis: bool = True
     tis_cap: float = 2.0  # its cap; unused without use_tis
     router_aux_loss_coef: float = 0.0  # weight of the router's load-balancing loss
+    # Use the experts chosen at sampling in every forward of the update (routing replay, R3); the router is trained for
+    # them. Needs engine.enable_return_routed_experts. A trajectory whose routing was lost is trained without.
+    replay_routing: bool = False
     seed: int = 0  # run seed: prompts, rollouts and initial state derive from it
     checkpoint_every: int = 5  # optimizer steps between checkpoints; the last step is always saved
     keep_checkpoints: int = 2  # older ones are deleted
@@ -234,6 +271,45 @@ class TrainerConfig:
             raise InvalidRequest(
                 "trainer.over_sampling_batch_size", over, f"≥ prompts_per_step = {self.prompts_per_step}"
             )
+
+
+class OverBudget(str, Enum):
+    """What is done when a mismatch is over its budget."""
+
+    WARN = "warn"  # say so in the log
+    TIGHTEN = "tighten"  # replay the routing where it was captured, else halve tis_cap's distance to 1
+    STOP = "stop"  # end the run before the update, naming cause, figure and budget
+
+
+@dataclass(kw_only=True)
+class MismatchBudget:
+    """Most KL(sampling ‖ training) by cause, in nats a token; null = no limit. See rollout.mismatch for each cause."""
+
+    all: float | None = None  # everything together
+    weights: float | None = None  # rounding of the weights in the engine
+    kv: float | None = None  # rounding of its KV cache
+    routing: float | None = None  # other experts than at sampling
+    staleness: float | None = None  # tokens sampled under older weights
+
+    def __post_init__(self) -> None:
+        limits = {"all": self.all, "weights": self.weights, "kv": self.kv}
+        limits |= {"routing": self.routing, "staleness": self.staleness}
+        _positive("mismatch.budget_kl", **{name: limit for name, limit in limits.items() if limit is not None})
+
+
+@dataclass(kw_only=True)
+class MismatchConfig:
+    """How the gap between sampling and training is measured by cause, and what is done about it."""
+
+    every_steps: int = 0  # training steps between measurements, the first step included; 0 = never
+    num_trajectories: int = 8  # of a step's batch, scored again with one cause changed at a time (about 4 forwards)
+    budget_kl: MismatchBudget = field(default_factory=MismatchBudget)  # limits by cause
+    action: OverBudget = OverBudget.WARN  # taken before the update when a figure is over its limit
+
+    def __post_init__(self) -> None:
+        _positive("mismatch", num_trajectories=self.num_trajectories)
+        if self.every_steps < 0:
+            raise InvalidRequest("mismatch.every_steps", self.every_steps, "an integer ≥ 0 (0 = never)")
 
 
 @dataclass(kw_only=True)
@@ -290,6 +366,7 @@ class RunConfig:
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     sync: SyncConfig = field(default_factory=SyncConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    mismatch: MismatchConfig = field(default_factory=MismatchConfig)
     workload: WorkloadConfig = field(default_factory=WorkloadConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     monitor: MonitorConfig = field(default_factory=MonitorConfig)

@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 
+from rollout.mismatch import Knobs
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cursor:
@@ -18,11 +20,13 @@ class Cursor:
         step: Training steps finished.
         version: Weight version of the checkpoint.
         data_cursor: Index of the next problem to use.
+        knobs: What a mismatch budget has tightened by then; the trainer adds it. None: nothing known of it.
     """
 
     step: int
     version: int
     data_cursor: int
+    knobs: Knobs | None = None
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1, sort_keys=True)
@@ -30,4 +34,7 @@ class Cursor:
     @staticmethod
     def from_json(text: str) -> Cursor:
         """Raises ValueError or TypeError when the text is not a cursor."""
-        return Cursor(**json.loads(text))
+        values = json.loads(text)
+        if values.get("knobs") is not None:
+            values["knobs"] = Knobs(**values["knobs"])
+        return Cursor(**values)

@@ -63,3 +63,11 @@ class CheckpointBroken(LongrollError):
 
 class TrainerDead(LongrollError):
     """A trainer rank died, failed or fell silent; the group was stopped and must be started again."""
+
+
+class RoutingBroken(LongrollError):
+    """Recorded expert routing is damaged, or not that of the tokens it is kept for."""
+
+
+class MismatchOverBudget(LongrollError):
+    """Sampling and training disagree by more than the configured budget, and the run is to stop for it."""

@@ -18,7 +18,7 @@ class ShardInfo:
     """A shard that has started.
 
     Attributes:
-        rank: Data-parallel rank in its expert-parallel group.
+        rank: Among the shards of all groups, group by group.
         group: Which group; the ranks of one wait for each other in collectives, so they die together.
         num_experts: Routed experts of a layer; 0 for a dense model.
         num_local_experts: How many of them this shard's workers hold together.
@@ -58,18 +58,27 @@ class SyncReport:
 
     Attributes:
         version: The version now live.
-        num_tensors: Tensors sent.
-        num_bytes: Their bytes, sent once however many shards read them.
+        num_tensors: Tensors of the model, changed or not.
+        num_bytes: Bytes that travelled (rows and masks), counted once however many shards read them.
+        num_bytes_full: Bytes of the whole model as it is served; what a full publication sends.
+        num_rows_changed: Rows that travelled; all rows in a full publication.
         stage_s: Seconds from begin to the last bucket staged, while generation went on.
-        stall_s: Seconds from the order to pause until all shards decode again; with the policy
-            `wait` this includes finishing what was running.
+        flip_s: Seconds from the order to commit until all shards had flipped. Generation goes on in it,
+            except for `stall_s`.
+        stall_s: Seconds from the order to pause until all shards decode again, with the policy `wait`
+            including what was running; 0 without a pause (policy `keep`).
+        ranks_lost: Shards that did not come along and must be restarted; their group does not serve.
     """
 
     version: int
     num_tensors: int
     num_bytes: int
+    num_bytes_full: int
+    num_rows_changed: int
     stage_s: float
+    flip_s: float
     stall_s: float
+    ranks_lost: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

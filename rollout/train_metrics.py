@@ -9,7 +9,7 @@ import torch
 
 from rollout.batch import Selection
 from rollout.loss import LossTerms
-from rollout.mismatch import Mismatch
+from rollout.mismatch import Knobs, Mismatch, MismatchReport
 
 
 @dataclass(slots=True, kw_only=True)
@@ -29,6 +29,8 @@ class StepSums:
     tis_capped: float = 0.0
     neg_logprob: float = 0.0
     mismatch_k3: float = 0.0
+    routing_replayed: float = 0.0
+    routing_missing: float = 0.0
     abs_gap: float = 0.0
     abs_gap_max: float = 0.0
 
@@ -86,6 +88,10 @@ class TrainMetrics:
         reference_kl: KL to the reference, 0 without one.
         tis_weight_mean: Mean truncated importance weight, 1 when off.
         tis_capped_fraction: Share of tokens at the cap.
+        mismatch: The gap by cause, measured on a slice; None in steps without.
+        num_routing_replayed: Trajectories whose routing was replayed.
+        num_routing_missing: Trajectories whose routing should have been replayed but was not captured or was lost.
+        tis_cap: Cap of the importance weights in this step, None without them.
         entropy: Estimate in nats: mean of −log-probability of the sampled tokens.
         num_trained_trajectories: Trajectories in the batch.
         num_filtered_groups: Groups left out for equal rewards or fewer than two scored members.
@@ -109,6 +115,10 @@ class TrainMetrics:
     reference_kl: float
     tis_weight_mean: float
     tis_capped_fraction: float
+    mismatch: MismatchReport | None
+    num_routing_replayed: int
+    num_routing_missing: int
+    tis_cap: float | None
     entropy: float
     num_trained_trajectories: int
     num_filtered_groups: int
@@ -119,7 +129,15 @@ class TrainMetrics:
 
 
 def summarise(
-    selection: Selection, sums: StepSums, *, version: int, grad_norm: float, lr: float, duration_s: float
+    selection: Selection,
+    sums: StepSums,
+    *,
+    version: int,
+    grad_norm: float,
+    lr: float,
+    duration_s: float,
+    knobs: Knobs,
+    mismatch: MismatchReport | None,
 ) -> TrainMetrics:
     """Turn global sums into the record of a step."""
     n = max(sums.num_tokens, 1.0)
@@ -138,6 +156,10 @@ def summarise(
         reference_kl=sums.reference_kl / n,
         tis_weight_mean=sums.tis_weight / n,
         tis_capped_fraction=sums.tis_capped / n,
+        mismatch=mismatch,
+        num_routing_replayed=int(sums.routing_replayed),
+        num_routing_missing=int(sums.routing_missing),
+        tis_cap=knobs.tis_cap,
         entropy=sums.neg_logprob / n,
         num_trained_trajectories=len(selection.samples),
         num_filtered_groups=selection.num_filtered_groups,

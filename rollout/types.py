@@ -12,6 +12,7 @@ from enum import Enum
 from typing import Any
 
 from rollout.errors import InvalidRequest
+from rollout.routing import RoutingRef
 
 
 class FinishReason(str, Enum):
@@ -146,6 +147,7 @@ class ChunkResult:
         num_cached_tokens: Prompt tokens found in the prefix cache.
         ttft_s: Seconds from submission to the engine until the first token.
         duration_s: Seconds from submission to the engine until the last token.
+        routing: Experts of the rows this chunk adds (see rollout.routing); None when they were not captured.
     """
 
     trajectory_id: str
@@ -157,6 +159,7 @@ class ChunkResult:
     num_cached_tokens: int = 0
     ttft_s: float = 0.0
     duration_s: float = 0.0
+    routing: RoutingRef | None = None
 
 
 @dataclass(slots=True, kw_only=True)
@@ -172,6 +175,8 @@ class Trajectory:
         logprobs: Log-probability of each generated token when it was sampled.
         loss_mask: 1 where the token is trained on (every generated token, here).
         weight_versions: Spans over `token_ids`, in order, without gaps.
+        routed_experts: Where the experts of its tokens lie, one reference a chunk, in order; with gaps where a
+            chunk's were not captured.
         finish_reason: Why generation ended, None while pending.
         status: See `Status`; change it with `move_to` only.
         reward: Score of the reward function; None until scored. Never a stand-in for a failure.
@@ -187,6 +192,7 @@ class Trajectory:
     logprobs: list[float] = field(default_factory=list)
     loss_mask: list[int] = field(default_factory=list)
     weight_versions: list[VersionSpan] = field(default_factory=list)
+    routed_experts: tuple[RoutingRef, ...] = ()
     finish_reason: FinishReason | None = None
     status: Status = Status.PENDING
     reward: float | None = None
@@ -212,7 +218,7 @@ class Trajectory:
         self.reward, self.error = None, reason
 
     def append(self, result: ChunkResult) -> None:
-        """Append a chunk's tokens, with their log-probabilities, mask and versions."""
+        """Append a chunk's tokens, with their log-probabilities, mask, versions and routing."""
         base = len(self.token_ids)
         self.token_ids.extend(result.token_ids)
         self.logprobs.extend(result.logprobs)
@@ -222,6 +228,8 @@ class Trajectory:
                 self.weight_versions,
                 VersionSpan(version=span.version, start=base + span.start, stop=base + span.stop),
             )
+        if result.routing is not None and result.token_ids:
+            self.routed_experts += (result.routing,)
 
 
 @dataclass(slots=True, kw_only=True)

@@ -1,9 +1,8 @@
-"""Longroll's vLLM plug-in: expert parallelism on CPU, keyed sampling, and verified weight loading.
+"""Longroll's vLLM plug-in: expert parallelism on CPU, keyed sampling, and weights that change in place.
 
 vLLM calls the two functions here through its entry points `vllm.platform_plugins` and
 `vllm.general_plugins`, in the front end, the engine core and every worker. They only register
-things; nothing changes for an engine that does not ask for them, except that an unquantised MoE
-layer on CPU honours its expert map (the built-in kernel reads out of bounds there).
+things; nothing changes for an engine that does not ask for them.
 """
 
 from __future__ import annotations
@@ -14,10 +13,12 @@ import signal
 import sys
 
 SEED_KEY = "longroll_seed"  # SamplingParams.extra_args: Gumbel key of a request
-WEIGHT_ENGINES = {"shared_memory": "longroll_staged", "nccl": "longroll_nccl"}  # by sync.transport
+QUANTIZATIONS = {None: "longroll_plain", "int4": "longroll_int4"}  # vLLM's name, by engine.quantization
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 CPU_WORKER = "actors.vllm_plugin.worker.KeyedCpuWorker"
 GPU_WORKER = "actors.vllm_plugin.worker.KeyedGpuWorker"
+CPU_SCHEDULER = "actors.vllm_plugin.scheduler.VersionedScheduler"
+GPU_SCHEDULER = "actors.vllm_plugin.scheduler.VersionedAsyncScheduler"
 
 
 def platform() -> str | None:
@@ -32,17 +33,10 @@ def platform() -> str | None:
 def register() -> None:
     """Entry point `vllm.general_plugins`; safe to call more than once in a process."""
     _die_with_parent()
-    from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
-    from vllm.platforms import current_platform
+    import actors.vllm_plugin.quantization  # noqa: F401  (registers the configurations by being imported)
+    from actors.vllm_plugin.patches import install
 
-    for transport, module, engine in (
-        ("shared_memory", "actors.vllm_plugin.weights", "StagedWeightEngine"),
-        ("nccl", "actors.vllm_plugin.nccl", "NcclWeightEngine"),
-    ):
-        if WEIGHT_ENGINES[transport] not in WeightTransferEngineFactory._registry:
-            WeightTransferEngineFactory.register_engine(WEIGHT_ENGINES[transport], module, engine)
-    if current_platform.is_cpu():
-        import actors.vllm_plugin.moe  # noqa: F401  (registers the layer by being imported)
+    install()
 
 
 def _die_with_parent() -> None:

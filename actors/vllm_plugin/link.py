@@ -20,7 +20,6 @@ from actors.background import in_background
 from rollout.errors import SyncRefused
 
 T = TypeVar("T")
-SENDER = 0  # rank of the trainer; workers follow
 
 
 class Communicator(Protocol):

@@ -1,123 +1,147 @@
-"""Loading of staged, digest-checked weights through vLLM's weight-transfer interface.
+"""One worker's weights: what the forward reads, the shadow beside it, and their place in the sync protocol.
 
-Buckets are copied out of shared memory and checked one by one while generation goes on. Only when
-all of a version is here and right does an update, inside a pause, load it through vLLM's layerwise
-reload, which also redoes prepacked (oneDNN) layers.
+    stage ─► shadow (canonical bytes, host) ─ verify: prepare ─► next live tensors ─ flip: copy ─► live weights
+
+Everything that can fail happens before the flip; the flip copies ready tensors over the live ones, whose
+addresses never change (captured graphs stay valid). Owns the tensors; the rules are those of
+`rollout.sync.participant`.
 """
 
 from __future__ import annotations
 
-import logging
-import re
-from dataclasses import dataclass
+import threading
+from collections.abc import Mapping
+from typing import Any
 
 import torch
-from vllm.distributed.weight_transfer.base import (
-    WeightTransferEngine,
-    WeightTransferInitInfo,
-    WeightTransferUpdateInfo,
-)
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
-from vllm.model_executor.model_loader.reload import (
-    finalize_layerwise_reload,
-    initialize_layerwise_reload,
-)
 
-from rollout.errors import SyncRefused
+from actors.vllm_plugin.live import LiveWeight, live_weights, take_initial_rows
+from actors.vllm_plugin.versioned import WeightGate
+from rollout.memory import EXPERT_PART
+from rollout.sync import segments
+from rollout.sync.encoding import TensorPlan
 from rollout.sync.manifest import BucketRef
-from rollout.sync.segments import read_verified
-
-logger = logging.getLogger(__name__)
-Outcome = tuple[bool, str | None]
-"""Whether it is done, and what is wrong, if anything is. vLLM's remote calls carry no classes of ours."""
-_EXPERT = re.compile(r"\.experts\.(\d+)\.")
+from rollout.sync.participant import Participant
+from rollout.sync.shadow import Shadow
 
 
-@dataclass
-class StagedInitInfo(WeightTransferInitInfo):
-    """Nothing to agree on beforehand."""
-
-
-@dataclass
-class StagedUpdateInfo(WeightTransferUpdateInfo):
-    """Which staged version to load."""
-
-    version: int
-
-
-def local_experts(model: torch.nn.Module) -> set[int] | None:
-    """Global ids of the routed experts held here, or None for a model without routed experts."""
+def num_local_experts(model: torch.nn.Module) -> int:
+    """Routed experts of each layer held here; 0 for a model without routed experts."""
     for module in model.modules():
         if isinstance(module, RoutedExperts):
             if module.expert_map is None:
-                return set(range(module.global_num_experts))
-            return set((module.expert_map >= 0).nonzero().flatten().tolist())
-    return None
+                return int(module.global_num_experts)
+            return int((module.expert_map >= 0).sum())
+    return 0
 
 
-class StagedWeightEngine(WeightTransferEngine[StagedInitInfo, StagedUpdateInfo]):
-    """Worker side of a publication; holds the staged tensors of at most one version."""
+class WorkerStore:
+    """The participant's store: shadow and live weights of one worker.
 
-    init_info_cls = StagedInitInfo
-    update_info_cls = StagedUpdateInfo
+    Args:
+        model: As vLLM loaded it.
+        plans: Encoding of every tensor of the checkpoint.
+        version: Of the loaded weights.
+    """
 
-    def __init__(self, *args: object) -> None:
-        super().__init__(*args)  # type: ignore[arg-type]
-        self._version: int | None = None
-        self._staged: dict[str, torch.Tensor] = {}
-        self._local = local_experts(self.model)
+    def __init__(self, model: torch.nn.Module, plans: Mapping[str, TensorPlan], version: int) -> None:
+        self._weights = live_weights(model, plans)
+        # Copies: the rows of a plain tensor are a view of it, and these will be written while it is served.
+        rows = {name: found.clone() for name, found in take_initial_rows(model, plans).items()}
+        self._shadow = Shadow(plans, rows, version)
+        self._common = [name for name in self._shadow.names if EXPERT_PART not in name]
+        self._next: list[tuple[LiveWeight, tuple[torch.Tensor, ...]]] = []
 
-    def stage(self, ref: BucketRef) -> Outcome:
-        """Copy the bucket's tensors that this rank needs; check the digest of every one.
+    def begin(self, base: int | None) -> None:
+        """Nothing to make room for: the shadow is written in place."""
 
-        Returns:
-            Done or not; while it is not, `stage_outcome` tells. On a fault the version's staging is dropped.
-        """
-        self._adopt(ref.version)
-        try:
-            for name, tensor in read_verified(ref):
-                if self._needs(name):
-                    self._staged[name] = tensor.clone()
-        except SyncRefused as fault:
-            self.drop(ref.version)
-            return True, str(fault)
-        return True, None
+    def stage(self, ref: BucketRef, payload: torch.Tensor) -> None:
+        self._shadow.stage(ref, payload)
 
-    def stage_outcome(self, version: int) -> Outcome:
-        """How the newest bucket of a version fares; here `stage` is done when it returns."""
-        return True, None if version == self._version else f"version {version}: it was dropped"
+    def missing(self) -> list[str]:
+        return self._shadow.missing()
 
-    def transport_outcome(self) -> Outcome:
-        """Whether the transport is open; there is nothing to open here."""
-        return True, None
+    def digest(self) -> str:
+        return self._shadow.common_digest(self._common)
 
-    def _adopt(self, version: int) -> None:
-        if version != self._version:
-            self._version, self._staged = version, {}
+    def prepare(self) -> None:
+        changed = self._shadow.changed
+        self._next = [
+            (weight, weight.prepare({name: self._shadow.rows(name) for name in weight.sources}))
+            for weight in self._weights
+            if not changed.isdisjoint(weight.sources)
+        ]
 
-    def _needs(self, name: str) -> bool:
-        match = _EXPERT.search(name)
-        return match is None or self._local is None or int(match.group(1)) in self._local
+    def flip(self, version: int) -> None:
+        for weight, tensors in self._next:
+            for live, new in zip(weight.live, tensors, strict=True):
+                live.copy_(new)
+        self._next = []
+        self._shadow.commit(version)
 
-    def drop(self, version: int) -> None:
-        if version == self._version:
-            self._version, self._staged = None, {}
+    def undo(self) -> None:
+        self._next = []
+        self._shadow.drop()
 
-    def init_transfer_engine(self, init_info: StagedInitInfo) -> None:
-        """Nothing to connect."""
+    @property
+    def num_live_bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for weight in self._weights for t in weight.live)
 
-    def start_weight_update(self) -> None:
-        initialize_layerwise_reload(self.model)
+    @property
+    def num_shadow_bytes(self) -> int:
+        return sum(self._shadow.rows(name).numel() for name in self._shadow.names)
 
-    def receive_weights(self, update_info: StagedUpdateInfo) -> None:
-        if update_info.version != self._version:
-            raise ValueError(f"staged version: got {self._version}, expected {update_info.version}")
-        self.model.load_weights(iter(self._staged.items()))  # type: ignore[operator]
 
-    def finish_weight_update(self) -> None:
-        finalize_layerwise_reload(self.model, self.model_config)
-        if self._version is not None:
-            self.drop(self._version)
+class WeightDesk:
+    """What a shard's actor calls in a worker about weights; safe to call from several threads.
 
-    def shutdown(self) -> None:
-        self._version, self._staged = None, {}
+    Two locks: messages of a publication are handled one at a time, and what can change a vote (begin, arm,
+    flip, drop) also waits for the forward under way. Staging and verifying do not, so decoding goes on beside
+    them: a rank that is not armed votes for its live version whatever they do.
+
+    Args:
+        store: The weights.
+        version: Live version.
+        is_alone: Whether no other data-parallel rank takes part in this rank's forwards.
+    """
+
+    def __init__(self, store: WorkerStore, version: int, *, is_alone: bool) -> None:
+        self._participant = Participant(store, version)
+        self._store = store
+        self._messages = threading.Lock()
+        self.gate = WeightGate(self._participant, is_alone=is_alone)
+
+    def begin(self, attempt: int, version: int, base: int | None) -> None:
+        with self._messages, self.gate.lock:
+            self._participant.begin(attempt, version, base)
+
+    def stage(self, ref: BucketRef, payload: torch.Tensor | None = None) -> None:
+        if payload is None:
+            payload = segments.map(ref)
+        with self._messages:
+            self._participant.stage(ref, payload)
+
+    def verify(self, attempt: int) -> str:
+        with self._messages:
+            return self._participant.verify(attempt)
+
+    def arm(self, attempt: int) -> None:
+        with self._messages, self.gate.lock:
+            self._participant.arm(attempt)
+
+    def flip(self, attempt: int) -> int:
+        with self._messages, self.gate.lock:
+            return self._participant.flip(attempt)
+
+    def drop(self, attempt: int) -> int:
+        with self._messages, self.gate.lock:
+            return self._participant.drop(attempt)
+
+    def live_version(self) -> int:
+        return self._participant.live_version
+
+    def methods(self) -> dict[str, Any]:
+        """What is served to the actor, by name."""
+        names = ("begin", "stage", "verify", "arm", "flip", "drop", "live_version")
+        return {name: getattr(self, name) for name in names}

@@ -1,4 +1,4 @@
-"""vLLM workers that run the keyed-sampling model runner and keep a staged copy of the next weights.
+"""vLLM workers with Longroll's model runner, and the methods that a shard's actor calls beside the engine.
 
 vLLM offers no way to name a runner class, so `init_device` swaps the class the parent would build
 while it runs. Delete the swap when vLLM takes a qualified runner name (as it does for workers).
@@ -16,12 +16,20 @@ from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm.v1.worker.gpu_worker import Worker
 
+from actors.vllm_plugin.control import ControlServer
+from actors.vllm_plugin.nccl import BroadcastReceiver
+from actors.vllm_plugin.options import PluginOptions
+from actors.vllm_plugin.routing import RoutingCaptureMixin
 from actors.vllm_plugin.runner import KeyedSamplingMixin
-from rollout.sync.manifest import BucketRef
+from actors.vllm_plugin.versioned import VersionedRunnerMixin
+from actors.vllm_plugin.weights import WeightDesk, WorkerStore, num_local_experts
+from rollout.sync.checkpoint_names import checkpoint_specs
+from rollout.sync.encoding import plan_tensors
+from rollout.sync.manifest import dtype_name
 
 
-class KeyedCpuRunner(KeyedSamplingMixin, CPUModelRunner):
-    """CPU runner with keyed sampling."""
+class KeyedCpuRunner(VersionedRunnerMixin, RoutingCaptureMixin, KeyedSamplingMixin, CPUModelRunner):
+    """CPU runner with keyed sampling, versioned weights and captured routing."""
 
 
 @contextmanager
@@ -34,36 +42,51 @@ def _runner_class(module: ModuleType, name: str, runner: type) -> Iterator[None]
         setattr(module, name, original)
 
 
-class StagingMixin:
-    """Remote calls, made on all workers of an engine through `collective_rpc`."""
+class ControlledMixin:
+    """Opens the control line; `collective_rpc` is used for nothing else."""
 
-    weight_transfer_engine: Any
+    model_runner: Any
+    vllm_config: Any
 
-    def longroll_stage(self, ref_json: str) -> tuple[bool, str | None]:
-        """Copy a bucket aside and check its digests. Returns whether it is done, and the fault."""
-        return self.weight_transfer_engine.stage(BucketRef.from_json(ref_json))
+    def longroll_open(self) -> tuple[str, str]:
+        """Take over the loaded weights and begin to serve the actor's calls. Returns address and key of the line."""
+        options = PluginOptions.of(self.vllm_config)
+        config = self.vllm_config.model_config
+        plans = plan_tensors(checkpoint_specs(config.model, dtype_name(config.dtype)).values(), options.int4)
+        model = self.model_runner.get_model()
+        store = WorkerStore(model, plans, options.initial_version)
+        is_alone = self.vllm_config.parallel_config.data_parallel_size == 1
+        desk = WeightDesk(store, options.initial_version, is_alone=is_alone)
+        self.model_runner.gate = desk.gate
+        receiver = BroadcastReceiver(desk.stage, self.model_runner.device)
 
-    def longroll_stage_outcome(self, version: int) -> tuple[bool, str | None]:
-        """The same for a bucket whose staging goes on beside the engine."""
-        return self.weight_transfer_engine.stage_outcome(version)
+        def held_bytes() -> dict[str, int]:
+            caches = {c.untyped_storage().data_ptr(): c.untyped_storage().nbytes() for c in self._kv_tensors()}
+            return {
+                "weights": store.num_live_bytes,
+                "shadow": store.num_shadow_bytes,
+                "kv_cache": sum(caches.values()),
+            }
 
-    def longroll_transport_outcome(self) -> tuple[bool, str | None]:
-        """Whether the weight transport is open, and the fault."""
-        return self.weight_transfer_engine.transport_outcome()
+        self._control = ControlServer(
+            {
+                **desk.methods(),
+                "join": receiver.join,
+                "receive": receiver.receive,
+                "take_routing": self.model_runner.take_routing,
+                "take_steps": self.model_runner.take_steps,
+                "num_local_experts": lambda: num_local_experts(model),
+                "held_bytes": held_bytes,
+            }
+        )
+        return self._control.line
 
-    def longroll_drop_stage(self, version: int) -> None:
-        """Forget what was staged for a version."""
-        self.weight_transfer_engine.drop(version)
-
-    def longroll_num_local_experts(self) -> int:
-        """Routed experts of each layer held by this worker; 0 for a dense model."""
-        from actors.vllm_plugin.weights import local_experts
-
-        held = local_experts(self.get_model())  # type: ignore[attr-defined]
-        return 0 if held is None else len(held)
+    def _kv_tensors(self) -> Iterator[Any]:
+        for cache in self.model_runner.kv_caches:
+            yield from cache if isinstance(cache, (list, tuple)) else (cache,)
 
 
-class KeyedCpuWorker(StagingMixin, CPUWorker):
+class KeyedCpuWorker(ControlledMixin, CPUWorker):
     """CPU worker."""
 
     def init_device(self) -> None:
@@ -71,7 +94,7 @@ class KeyedCpuWorker(StagingMixin, CPUWorker):
             super().init_device()
 
 
-class KeyedGpuWorker(StagingMixin, Worker):
+class KeyedGpuWorker(ControlledMixin, Worker):
     """CUDA worker; needs vLLM's V1 model runner (VLLM_USE_V2_MODEL_RUNNER=0)."""
 
     def _make_model_runner(self) -> Any:
@@ -80,7 +103,7 @@ class KeyedGpuWorker(StagingMixin, Worker):
         if self.use_v2_model_runner:
             raise RuntimeError("model runner: got V2, expected V1 (set VLLM_USE_V2_MODEL_RUNNER=0)")
 
-        class KeyedGpuRunner(KeyedSamplingMixin, GPUModelRunner):
-            """GPU runner with keyed sampling."""
+        class KeyedGpuRunner(VersionedRunnerMixin, RoutingCaptureMixin, KeyedSamplingMixin, GPUModelRunner):
+            """GPU runner with keyed sampling, versioned weights and captured routing."""
 
         return KeyedGpuRunner(self.vllm_config, self.device)

@@ -365,6 +365,7 @@ class Scheduler:
         flight.submission.num_tokens -= len(trajectory.token_ids)
         for tokens in (trajectory.token_ids, trajectory.logprobs, trajectory.loss_mask, trajectory.weight_versions):
             tokens.clear()
+        trajectory.routed_experts = ()
 
     def _end_aborted(self, flight: Flight, now: float) -> None:
         flight.trajectory.finish_reason = FinishReason.ABORT

@@ -1,19 +1,23 @@
-"""What a weight version consists of: tensors by checkpoint name, cut into buckets of bounded size.
+"""What a weight version consists of: rows of tensors, owned piecewise by senders, that travel in buckets.
 
-Knows nothing of where buckets travel or who receives them.
+Owns the records that cross processes and the digest everybody uses. Knows nothing of where buckets
+travel, who receives them, or what the bytes of a row mean.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import astuple, dataclass, fields
 
 import torch
+import xxhash
 
 from rollout.errors import SyncRefused
+
+ALIGNMENT_BYTES = 16
+MAX_FAULTS_NAMED = 5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,43 +34,86 @@ class TensorSpec:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Piece:
+    """Rows [first_row, first_row + num_rows) of a tensor, which one sender owns and sends whole."""
+
+    name: str
+    first_row: int
+    num_rows: int
+
+    def __str__(self) -> str:
+        return f"{self.name} rows {self.first_row}…{self.first_row + self.num_rows - 1}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    """What a bucket says of one piece.
+
+    Attributes:
+        name, first_row, num_rows: The piece.
+        num_changed: Rows that travel.
+        digest: XXH3-128 of ALL rows of the piece in the new version, in order.
+        mask_offset: First byte in the payload of the mask of changed rows, one bit a row (row i is bit
+            i % 8 of byte i // 8); None if all rows travel. No mask travels if no row does.
+        rows_offset: First byte in the payload of the rows that travel, in order.
+    """
+
+    name: str
+    first_row: int
+    num_rows: int
+    num_changed: int
+    digest: str
+    mask_offset: int | None
+    rows_offset: int
+
+    @property
+    def piece(self) -> Piece:
+        return Piece(name=self.name, first_row=self.first_row, num_rows=self.num_rows)
+
+    @property
+    def num_mask_bytes(self) -> int:
+        return 0 if self.mask_offset is None or self.num_changed == 0 else -(-self.num_rows // 8)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class BucketRef:
     """A bucket that its sender has described, and how every shard gets it.
 
     Attributes:
         version: Version the bucket belongs to.
-        index: Its place in the plan, 0 … num_buckets-1.
-        segment: Name of the shared-memory segment it was written to; None for one that its sender
-            broadcasts tensor by tensor, in order, while this record travels.
-        tensors: The tensors in the order in which they lie in it.
-        offsets: First byte of each in the segment; empty without one.
-        digests: BLAKE2b digest of each tensor's bytes.
+        attempt: Number of the publication attempt, as Publisher.begin gave it to the senders.
+        base: Version whose rows those that do not travel are taken from; None for a full bucket.
+        sender: Which sender made it.
+        index: Its number among the buckets of its sender.
+        segment: Name of the shared-memory segment with its payload; None for one that its sender
+            broadcasts while this record travels.
+        num_bytes: Bytes of the payload: masks and rows that travel, with padding for alignment.
+        entries: Its pieces.
     """
 
     version: int
+    attempt: int
+    base: int | None
+    sender: int
     index: int
     segment: str | None
-    tensors: tuple[TensorSpec, ...]
-    offsets: tuple[int, ...]
-    digests: tuple[str, ...]
+    num_bytes: int
+    entries: tuple[Entry, ...]
+
+    def __str__(self) -> str:
+        return f"bucket {self.index} of sender {self.sender}, version {self.version}"
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self))
+        record = {f.name: getattr(self, f.name) for f in fields(self)}
+        return json.dumps(record | {"entries": [astuple(entry) for entry in self.entries]})
 
     @classmethod
     def from_json(cls, text: str) -> BucketRef:
-        fields = json.loads(text)
-        tensors = tuple(
-            TensorSpec(name=t["name"], shape=tuple(t["shape"]), dtype=t["dtype"]) for t in fields["tensors"]
-        )
-        return cls(
-            version=fields["version"],
-            index=fields["index"],
-            segment=fields["segment"],
-            tensors=tensors,
-            offsets=tuple(fields["offsets"]),
-            digests=tuple(fields["digests"]),
-        )
+        """Raises ValueError, KeyError or TypeError for what `to_json` did not write."""
+        record = json.loads(text)
+        names = [f.name for f in fields(Entry)]
+        entries = tuple(Entry(**dict(zip(names, entry, strict=True))) for entry in record["entries"])
+        return cls(**(record | {"entries": entries}))
 
 
 def torch_dtype(name: str) -> torch.dtype:
@@ -86,12 +133,13 @@ def spec_of(name: str, tensor: torch.Tensor) -> TensorSpec:
 
 
 def digest(tensor: torch.Tensor) -> str:
-    """BLAKE2b-128 of the bytes of a tensor (moved to the CPU if it is not there)."""
-    flat = tensor.detach().contiguous().cpu().view(-1).view(torch.uint8)
-    return hashlib.blake2b(flat.numpy(), digest_size=16).hexdigest()
+    """XXH3-128 of the bytes of a tensor (moved to the CPU if it is not there), read in place.
 
-
-ALIGNMENT_BYTES = 16
+    It finds faults (a torn write, a wrong row, a lost bucket), not attackers: it has no key and
+    collisions can be made on purpose. Whoever can write the buckets is trusted with the weights.
+    """
+    flat = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
+    return xxhash.xxh3_128_hexdigest(flat.numpy())
 
 
 def aligned(num_bytes: int) -> int:
@@ -120,26 +168,59 @@ def plan_buckets(specs: Iterable[TensorSpec], bucket_bytes: int) -> list[tuple[T
     return buckets
 
 
-def check_against(expected: Mapping[str, TensorSpec], offered: Sequence[TensorSpec]) -> None:
-    """Refuse a publication whose names, shapes or dtypes are not exactly those being served.
+def cut_piece(piece: Piece, row_bytes: int, bucket_bytes: int) -> list[Piece]:
+    """Cut a piece into pieces of at most `bucket_bytes` of rows each (one row, if a row is longer)."""
+    step = max(1, bucket_bytes // row_bytes)
+    end = piece.first_row + piece.num_rows
+    return [
+        Piece(name=piece.name, first_row=first, num_rows=min(step, end - first))
+        for first in range(piece.first_row, end, step)
+    ]
+
+
+def check_tiling(num_rows: Mapping[str, int], pieces: Iterable[Piece]) -> None:
+    """Refuse pieces that do not cover every row of every tensor exactly once.
+
+    Args:
+        num_rows: Rows of every tensor being served, by name.
+        pieces: In any order.
 
     Raises:
-        SyncRefused: With the first few differences.
+        SyncRefused: With the first few faults: names unknown, rows missing, sent twice or out of range.
     """
-    faults = []
-    seen: set[str] = set()
-    for spec in offered:
-        want = expected.get(spec.name)
-        if spec.name in seen:
-            faults.append(f"{spec.name}: sent twice")
-        elif want is None:
-            faults.append(f"{spec.name}: not a tensor of the model being served")
-        elif want.shape != spec.shape:
-            faults.append(f"{spec.name}: got shape {spec.shape}, expected {want.shape}")
-        elif want.dtype != spec.dtype:
-            faults.append(f"{spec.name}: got dtype {spec.dtype}, expected {want.dtype}")
-        seen.add(spec.name)
-    faults += [f"{name}: missing" for name in expected if name not in seen]
+    faults: list[str] = []
+    by_name: dict[str, list[Piece]] = {name: [] for name in num_rows}
+    for piece in pieces:
+        if piece.name not in by_name:
+            faults.append(f"{piece.name}: not a tensor of the model being served")
+        else:
+            by_name[piece.name].append(piece)
+    for name, owned in by_name.items():
+        faults += tiling_faults(name, num_rows[name], owned)
     if faults:
-        more = f" (and {len(faults) - 5} more)" if len(faults) > 5 else ""
-        raise SyncRefused("publication refused: " + "; ".join(faults[:5]) + more)
+        raise SyncRefused("publication refused: " + some_of(faults))
+
+
+def tiling_faults(name: str, num_rows: int, pieces: Sequence[Piece]) -> list[str]:
+    """What keeps pieces of one tensor from covering rows [0, num_rows) exactly once; [] if nothing does."""
+    faults = []
+    end = 0
+    for piece in sorted(pieces, key=lambda p: (p.first_row, p.num_rows)):
+        last = piece.first_row + piece.num_rows
+        if piece.num_rows < 1 or piece.first_row < 0 or last > num_rows:
+            faults.append(f"{name}: got rows {piece.first_row}…{last - 1}, expected some of 0…{num_rows - 1}")
+            continue
+        if piece.first_row > end:
+            faults.append(f"{name}: rows {end}…{piece.first_row - 1} missing")
+        elif piece.first_row < end:
+            faults.append(f"{name}: rows {piece.first_row}…{min(end, last) - 1} sent twice")
+        end = max(end, last)
+    if end < num_rows:
+        faults.append(f"{name}: rows {end}…{num_rows - 1} missing")
+    return faults
+
+
+def some_of(faults: Sequence[str]) -> str:
+    """The first few of many faults, for an error message."""
+    more = len(faults) - MAX_FAULTS_NAMED
+    return "; ".join(faults[:MAX_FAULTS_NAMED]) + (f" (and {more} more)" if more > 0 else "")

@@ -1,100 +1,70 @@
-"""Buckets in shared memory: written once by the trainer, read by every shard of the host.
+"""Payloads of buckets in shared memory: written once by a sender, read by every shard of the host.
 
 A segment is a file under /dev/shm that its writer creates and unlinks. Mapped readers keep their
-pages until they drop the tensors, so unlinking early is safe once every reader has opened it.
+pages until they drop the tensor, so unlinking early is safe once every reader has opened it.
 """
 
 from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from rollout.errors import SyncRefused
-from rollout.sync.manifest import BucketRef, aligned, digest, spec_of, torch_dtype
+from rollout.sync.manifest import BucketRef
 
 SHARED_MEMORY = Path("/dev/shm")
 
 
-def write_bucket(version: int, index: int, tensors: Sequence[tuple[str, torch.Tensor]]) -> BucketRef:
-    """Copy tensors into a new segment and describe it.
+def create(num_bytes: int) -> tuple[str, torch.Tensor]:
+    """Make a segment.
 
     Args:
-        version: Version being published.
-        index: Place of the bucket in the plan.
-        tensors: (checkpoint name, tensor on any device), in order.
+        num_bytes: Its size, ≥ 0.
+
+    Returns:
+        Its name, and its bytes, uint8 [num_bytes], to be written in place.
 
     Raises:
         OSError: If shared memory is full; nothing is left behind.
     """
-    specs = tuple(spec_of(name, tensor) for name, tensor in tensors)
-    offsets, end = [], 0
-    for spec in specs:
-        offsets.append(end)
-        end += aligned(spec.num_bytes)
     segment = f"longroll-{os.getpid()}-{uuid.uuid4().hex}"
+    path = SHARED_MEMORY / segment
     try:
-        buffer = _map(segment, end, create=True)
-        for (_, tensor), spec, offset in zip(tensors, specs, offsets, strict=True):
-            flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
-            buffer[offset : offset + spec.num_bytes].copy_(flat)
-        digests = tuple(digest(tensor) for _, tensor in tensors)
+        with path.open("xb") as file:
+            # Takes the pages now: a store into a mapping of a full /dev/shm would kill the process instead.
+            os.posix_fallocate(file.fileno(), 0, max(num_bytes, 1))
+        return segment, _mapped(path, num_bytes)
     except BaseException:
-        (SHARED_MEMORY / segment).unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
         raise
-    return BucketRef(
-        version=version, index=index, segment=segment, tensors=specs, offsets=tuple(offsets), digests=digests
-    )
 
 
-def read_bucket(ref: BucketRef) -> list[tuple[str, torch.Tensor]]:
-    """Map a segment and return views of its tensors, without checking digests.
+def map(ref: BucketRef) -> torch.Tensor:
+    """The payload of a bucket, uint8 [ref.num_bytes], mapped and not copied; to be read only.
 
     Raises:
         SyncRefused: If there is no segment, or it is missing or shorter than described.
     """
     if ref.segment is None:
-        raise SyncRefused(
-            f"bucket {ref.index} of version {ref.version}: got one that is broadcast, expected one in shared memory"
-        )
-    end = max((o + t.num_bytes for o, t in zip(ref.offsets, ref.tensors, strict=True)), default=0)
+        raise SyncRefused(f"{ref}: got one that is broadcast, expected one in shared memory")
     path = SHARED_MEMORY / ref.segment
     try:
         size = path.stat().st_size
     except FileNotFoundError:
-        raise SyncRefused(f"bucket {ref.index} of version {ref.version}: segment is missing") from None
-    if size < end:
-        raise SyncRefused(f"bucket {ref.index} of version {ref.version}: got {size} bytes, expected {end}")
-    buffer = _map(ref.segment, end, create=False)
-    return [
-        (spec.name, buffer[o : o + spec.num_bytes].view(torch_dtype(spec.dtype)).view(spec.shape))
-        for o, spec in zip(ref.offsets, ref.tensors, strict=True)
-    ]
+        raise SyncRefused(f"{ref}: segment is missing") from None
+    if size < ref.num_bytes:
+        raise SyncRefused(f"{ref}: got {size} bytes, expected {ref.num_bytes}")
+    return _mapped(path, ref.num_bytes)
 
 
-def read_verified(ref: BucketRef) -> list[tuple[str, torch.Tensor]]:
-    """Like `read_bucket`, and refuse it unless every tensor has the digest its sender gave it.
-
-    Raises:
-        SyncRefused: With the name of the first tensor that differs.
-    """
-    tensors = read_bucket(ref)
-    for (name, tensor), expected in zip(tensors, ref.digests, strict=True):
-        got = digest(tensor)
-        if got != expected:
-            raise SyncRefused(
-                f"bucket {ref.index} of version {ref.version}, {name}: got digest {got}, expected {expected}"
-            )
-    return tensors
-
-
-def unlink(ref: BucketRef) -> None:
-    """Remove a segment's name; does nothing if it is gone already, or the bucket has none."""
-    if ref.segment is not None:
-        (SHARED_MEMORY / ref.segment).unlink(missing_ok=True)
+def unlink(segment: BucketRef | str | None) -> None:
+    """Remove the name of a segment, or of a bucket's; does nothing if it is gone already, or there is none."""
+    name = segment.segment if isinstance(segment, BucketRef) else segment
+    if name is not None:
+        (SHARED_MEMORY / name).unlink(missing_ok=True)
 
 
 def sweep() -> int:
@@ -108,9 +78,7 @@ def sweep() -> int:
     return num_removed
 
 
-def _map(segment: str, num_bytes: int, *, create: bool) -> torch.Tensor:
-    path = SHARED_MEMORY / segment
-    if create:
-        with path.open("xb") as file:
-            file.truncate(max(num_bytes, 1))
+def _mapped(path: Path, num_bytes: int) -> torch.Tensor:
+    if num_bytes == 0:
+        return torch.empty(0, dtype=torch.uint8)
     return torch.from_file(str(path), shared=True, size=num_bytes, dtype=torch.uint8)

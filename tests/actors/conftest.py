@@ -44,7 +44,7 @@ def service(ray_cluster: None) -> Iterator[Service]:
     """Two expert-parallel shards of the tiny model behind a controller."""
     running = start_service(
         model=ModelConfig(path=str(TINY)),
-        engine=EngineConfig(num_shards=2),
+        engine=EngineConfig(num_shards=2, enable_return_routed_experts=True),
         scheduler=SchedulerConfig(),
         sync=SyncConfig(bucket_bytes=2**20),
         cluster=ClusterConfig(namespace="tests"),

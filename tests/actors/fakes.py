@@ -9,13 +9,48 @@ import asyncio
 import os
 import time
 
-from rollout.errors import EngineDead, SyncRefused
+import torch
+
+from actors.service import served_plans
+from rollout.errors import EngineDead
 from rollout.fleet import Rendezvous, ShardInfo, ShardStats
 from rollout.rewards import Score
+from rollout.sync import segments
+from rollout.sync.participant import Participant
+from rollout.sync.shadow import Shadow
 from rollout.types import ChunkResult, FinishReason, VersionSpan
 
 ANSWER, HOLD, RAISE, DIE, MALFORMED = 1, 2, 3, 4, 5
 VOCAB_SIZE, MAX_MODEL_LEN = 50, 64
+
+
+class ShadowStore:
+    """A participant's store without live weights: the shadow alone."""
+
+    def __init__(self, plans, version):
+        rows = {name: torch.zeros(plan.num_rows, plan.row_bytes, dtype=torch.uint8) for name, plan in plans.items()}
+        self.shadow = Shadow(plans, rows, version)
+
+    def begin(self, base):
+        pass
+
+    def stage(self, ref, payload):
+        self.shadow.stage(ref, payload)
+
+    def missing(self):
+        return self.shadow.missing()
+
+    def digest(self):
+        return self.shadow.common_digest(self.shadow.names)
+
+    def prepare(self):
+        pass
+
+    def flip(self, version):
+        self.shadow.commit(version)
+
+    def undo(self):
+        self.shadow.drop()
 
 
 class FakeShard:
@@ -26,6 +61,7 @@ class FakeShard:
         self.events = []
         self.held = {}
         self.mode = engine.vllm.get("fake", "ok")
+        self.participant = Participant(ShadowStore(served_plans(model, engine), initial_version), initial_version)
 
     def rendezvous(self):
         return Rendezvous(host="127.0.0.1", rpc_port=1)
@@ -70,13 +106,33 @@ class FakeShard:
         for trajectory_id in trajectory_ids:
             self._end(trajectory_id, False)
 
-    async def stage(self, ref):
-        self.events.append("stage")
-        if ref.digests[0] == "corrupt":
-            raise SyncRefused("digest differs")
+    async def begin(self, attempt, version, base):
+        self.events.append("begin")
+        self.participant.begin(attempt, version, base)
 
-    async def drop_stage(self, version):
-        self.events.append("drop_stage")
+    async def stage(self, ref, payload=None):
+        self.events.append("stage")
+        self.participant.stage(ref, segments.map(ref) if payload is None else torch.from_numpy(payload))
+
+    async def verify(self, attempt):
+        self.events.append("verify")
+        return self.participant.verify(attempt)
+
+    async def arm(self, attempt):
+        self.events.append("arm")
+        self.participant.arm(attempt)
+
+    async def flip(self, attempt):
+        self.version = self.participant.flip(attempt)
+        self.events.append(f"flip {self.version}")
+        return self.version
+
+    async def drop(self, attempt):
+        self.events.append("drop")
+        return self.participant.drop(attempt)
+
+    async def live_version(self):
+        return self.participant.live_version
 
     async def pause(self, mode):
         self.events.append(f"pause {mode.value}")
@@ -84,10 +140,6 @@ class FakeShard:
             for trajectory_id in list(self.held):
                 self._end(trajectory_id, False)
             await asyncio.sleep(0.2)  # time in which a controller with an open gate would dispatch again
-
-    async def apply(self, version):
-        self.events.append(f"apply {version}")
-        self.version = version
 
     async def resume(self):
         self.events.append("resume")

@@ -19,7 +19,7 @@ from actors.service import connect, start_service
 from rollout.async_client import AsyncRolloutClient
 from rollout.config import ClusterConfig, EngineConfig, InFlight, ModelConfig, SchedulerConfig, SyncConfig
 from rollout.errors import EngineDead, InvalidRequest, LongrollError, ServiceLost, SyncRefused, UnknownHandle
-from rollout.sync.segments import unlink, write_bucket
+from rollout.sync.outgoing import OutgoingVersion
 from rollout.types import Prompt, SamplingParams, Status
 from tests.actors import fakes
 
@@ -173,7 +173,9 @@ def test_publication_closes_the_gate_and_restarts_aborted_chunks(tmp_path):
         wait_until(lambda: all(s.num_running == 1 for s in client.stats().shards))
         for shard in service.shards:
             events = ray.get(shard.take_events.remote())
-            assert events == ["generate", "stage", "stage", "pause abort", "apply 7", "resume", "generate"]
+            assert events == [
+                *("generate", "begin", "stage", "stage", "verify", "pause abort", "arm", "flip 7", "resume", "generate")
+            ]
         ray.get([shard.release.remote() for shard in service.shards])
         for group in client.groups(handle):
             spans = group.trajectories[0].weight_versions
@@ -190,11 +192,12 @@ def check_refusals(client):
     ]:
         with pytest.raises(SyncRefused, match=match):
             client.publish(version, weights)
-    ref = write_bucket(8, 0, list(WEIGHTS.items()))
-    client.begin_publish(8, ref.tensors)
-    with pytest.raises(SyncRefused, match="digest differs"):
-        client.publish_bucket(dataclasses.replace(ref, digests=("corrupt", *ref.digests[1:])))
-    unlink(ref)
+    plans = client._call("served_plans")
+    outgoing = OutgoingVersion(8, WEIGHTS, plans, 2**20)
+    [ref] = outgoing.buckets(client.begin_publish(8, None, outgoing.pieces))
+    wrong = dataclasses.replace(ref.entries[0], digest="0" * 32)
+    with pytest.raises(SyncRefused, match="got digest"):
+        client.publish_bucket(dataclasses.replace(ref, entries=(wrong, *ref.entries[1:])))
     stats = client.stats()
     assert (stats.live_version, stats.num_syncs, stats.num_syncs_refused) == (7, 1, 5)
 

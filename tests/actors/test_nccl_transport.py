@@ -1,279 +1,274 @@
 """Publications by broadcast: our ends of it, with gloo where NCCL would be.
 
-Real here: Publisher, Shard, the workers' staging, NcclTransport, and a group of communicating ranks.
-Stood in for: NCCL and vLLM's engine. So these tests say nothing about NCCL, streams or GPUs.
+Real here: the trainer ranks' WeightSource and NcclTransport, the workers' BroadcastReceiver, protocol and
+shadows, and a group of communicating ranks. Stood in for: NCCL and vLLM's engine, and the trainer's processes are
+threads. So these tests say nothing about NCCL, streams or GPUs.
 """
 
 from __future__ import annotations
 
-import asyncio
-import itertools
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
-from vllm.distributed.weight_transfer.nccl_common import NCCLWeightTransferInitInfo
 
-import actors.shard
-from actors.shard import Shard
-from actors.shard_stats import LastStats
-from actors.transport import NcclTransport, SharedMemoryTransport, make_transport
-from actors.vllm_plugin.nccl import NcclWeightEngine
-from actors.vllm_plugin.weights import StagedWeightEngine
-from actors.vllm_plugin.worker import StagingMixin
-from rollout.config import EngineConfig, ModelConfig, SyncConfig
+from actors.ports import free_port
+from actors.transport import NcclTransport, Outgoing, StagingTransport, make_transport
+from actors.vllm_plugin.nccl import BroadcastReceiver
+from actors.weight_source import WeightSource
+from rollout.config import SyncConfig
 from rollout.errors import InvalidRequest, SyncRefused
-from rollout.sync.manifest import BucketRef, TensorSpec, digest, spec_of
-from rollout.sync.publication import Publisher, State
-from rollout.sync.segments import unlink, write_bucket
+from rollout.fleet import Rendezvous
+from rollout.sync.delta import compare, pack_bucket
+from rollout.sync.manifest import BucketRef, Piece
+from rollout.sync.participant import Participant
+from rollout.sync.shadow import Shadow
 from tests.actors.gloo_link import GlooCommunicator
+from tests.actors.shadow_controller import DirectReceiver, ShadowController, empty_shadow
+from tests.actors.test_weight_source import bare_model, encoded, join, plans_of
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
 TIMEOUT_S = 1.0  # where it must strike
-PATIENT_S = 30.0  # where it must not, also on busy cores
+PATIENT_S = 20.0  # where it must not, also on busy cores
 SLACK_S = 3.0  # of busy cores
 STUCK_S = 60.0
-LARGE = 4 * 2**20  # elements; more than socket buffers take from a sender whose peer does not read
+LARGE = 16 * 2**20  # bytes; more than socket buffers take from a sender whose peer does not read
+NUM_RANKS, NUM_WORKERS = 2, 2
 
 
-def weights(seed: int) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return {
-        "embed": torch.randn(50, 16, generator=generator),
-        "layers.0.mlp.experts.0.up_proj": torch.randn(8, 16, generator=generator).bfloat16(),
-        "layers.0.mlp.experts.1.up_proj": torch.randn(8, 16, generator=generator).bfloat16(),
-        "scale": torch.randn((), generator=generator),
-        "none": torch.empty(0, 3),
-    }
+class ShadowStore:
+    """A participant's store that serves its shadow."""
+
+    def __init__(self, plans) -> None:
+        self.shadow: Shadow = empty_shadow(plans)
+        self.stage, self.missing = self.shadow.stage, self.shadow.missing
+        self.undo, self.flip = self.shadow.drop, self.shadow.commit
+
+    def begin(self, base: int | None) -> None: ...
+
+    def digest(self) -> str:
+        return self.shadow.common_digest(self.shadow.names)
+
+    def prepare(self) -> None: ...
 
 
-SPECS = {name: spec_of(name, tensor) for name, tensor in weights(0).items()}
+class Worker:
+    """A worker's receiving end and shadow; `mishap` is called with (number of the broadcast, payload)."""
 
-
-class Model(torch.nn.Module):
-    """Remembers what it was told to load."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.loaded: dict[str, torch.Tensor] = {}
-
-    def load_weights(self, pairs) -> None:
-        self.loaded = dict(pairs)
-
-
-class GlooEngine(NcclWeightEngine):
-    """Joins over gloo; `mishap` is called with (number of the broadcast, tensor) after each one."""
-
-    def __init__(self, rank: int) -> None:
-        config = SimpleNamespace(parallel_config=None, model_config=None)
-        super().__init__(None, config, CPU, Model())
-        self.rank, self.num_joins = rank, 0
-        self.mishap = lambda number, tensor: None
+    def __init__(self, plans) -> None:
+        store = ShadowStore(plans)
+        self.shadow, self.participant = store.shadow, Participant(store, 0)
+        self.num_joins = 0
+        self.mishap = lambda number, payload: None
         self.before_join = lambda: None
+        self.receiver = BroadcastReceiver(self.stage, CPU, PATIENT_S, self._connect)
+        self._lock = threading.Lock()
 
-    def connect(self, init_info: NCCLWeightTransferInitInfo) -> GlooCommunicator:
+    def stage(self, ref: BucketRef, payload: torch.Tensor) -> None:
+        with self._lock:
+            self.participant.stage(ref, payload)
+
+    def _connect(self, rendezvous: Rendezvous, rank: int, world_size: int) -> GlooCommunicator:
         self.num_joins += 1
         self.before_join()
-        engine = self
+        worker = self
 
         class Mishappy(GlooCommunicator):
             def broadcast(self, tensor, src, stream=None) -> None:
                 super().broadcast(tensor, src, stream)
-                engine.mishap(self.num_broadcasts, tensor)
+                worker.mishap(self.num_broadcasts, tensor)
 
-        rank = self.rank + init_info.rank_offset
-        return Mishappy(init_info.master_address, init_info.master_port, rank, init_info.world_size)
-
-
-class FakeAsyncLLM:
-    """Runs workers' calls one at a time and to their end, as vLLM's engine loop does."""
-
-    def __init__(self, worker: StagingMixin) -> None:
-        self.worker = worker
-
-    async def collective_rpc(self, method: str, args: tuple = ()) -> list:
-        return [getattr(self.worker, method)(*args)]
-
-    async def init_weight_transfer_engine(self, request) -> None:
-        engine = self.worker.weight_transfer_engine
-        engine.init_transfer_engine(engine.parse_init_info(request.init_info))
-
-    async def pause_generation(self, mode: str, clear_cache: bool) -> None: ...
-
-    async def resume_generation(self) -> None: ...
-
-    async def start_weight_update(self) -> None: ...
-
-    async def update_weights(self, request) -> None:
-        engine = self.worker.weight_transfer_engine
-        engine.receive_weights(engine.parse_update_info(request.update_info))
-
-    async def finish_weight_update(self, version: str) -> None:
-        self.worker.weight_transfer_engine.drop(int(version))
+        return Mishappy(rendezvous.host, rendezvous.rpc_port, rank, world_size)
 
 
-class Fleet:
-    """Shards and publisher in one event loop, in a thread; also the sender's Receiver, as the controller is."""
+class Fleet(ShadowController):
+    """The controller's shadow checks the protocol; what the workers received is checked by theirs."""
 
-    def __init__(self, engines: list[GlooEngine]) -> None:
-        self.engines = engines
-        config = SyncConfig(timeout_s=PATIENT_S)
-        shards = []
-        for engine in engines:
-            worker = StagingMixin()
-            worker.weight_transfer_engine = engine
-            shard = Shard(engine.rank, ModelConfig(), EngineConfig(), config)
-            shard._engine = FakeAsyncLLM(worker)
-            shard._stats = LastStats()
-            shards.append(shard)
-        self.publisher = Publisher(shards, SPECS, config)
-        self.loop = asyncio.new_event_loop()
-        self.thread = threading.Thread(target=self.loop.run_forever, daemon=True)
-        self.thread.start()
-
-    def call(self, coroutine):
-        return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(2 * PATIENT_S)
+    def __init__(self, plans, workers: list[Worker]) -> None:
+        super().__init__(plans)
+        self.workers = workers
+        self.threads = ThreadPoolExecutor(4 * len(workers))
 
     def num_workers(self) -> int:
-        return len(self.engines)
+        return len(self.workers)
 
-    def open_transport(self, rendezvous, world_size) -> None:
-        self.call(self.publisher.open_transport(rendezvous, world_size))
+    def open_transport(self, rendezvous: Rendezvous, world_size: int) -> None:
+        first = world_size - len(self.workers)
+        self.on_all(lambda i, w: w.receiver.join(rendezvous, first + i, world_size))
 
-    def begin(self, version, specs) -> None:
-        self.call(self.publisher.begin(version, specs))
+    def begin_publish(self, version: int, base: int | None, pieces) -> int:
+        attempt = super().begin_publish(version, base, pieces)
+        self.on_all(lambda i, w: w.participant.begin(attempt, version, base))
+        return attempt
 
-    def stage(self, ref) -> None:
-        self.call(self.publisher.stage(ref))
+    def publish_bucket(self, ref: BucketRef, payload=()) -> None:
+        self.on_all(lambda i, w: w.receiver.receive(ref))
+        self.buckets.append(ref)
 
-    def commit(self, version):
-        return self.call(self.publisher.commit(version))
+    def on_all(self, action) -> None:
+        futures = [self.threads.submit(action, i, worker) for i, worker in enumerate(self.workers)]
+        for future in futures:
+            future.result(STUCK_S)
 
-    def abandon(self, version) -> None:
-        self.call(self.publisher.abandon(version))
+    def commit_publish(self, version: int):
+        for worker in self.workers:
+            worker.participant.verify(self._attempt)
+            worker.participant.arm(self._attempt)
+            worker.participant.flip(self._attempt)
+        self.shadow.commit(version)
+
+    def abandon_publish(self, version: int) -> None:
+        self.on_all(lambda i, w: w.participant.drop(self._attempt))
 
 
-def join_over_gloo(rendezvous, world_size) -> GlooCommunicator:
-    return GlooCommunicator(rendezvous.host, rendezvous.rpc_port, 0, world_size)
+class Run:
+    """Two trainer ranks in threads, two workers."""
+
+    def __init__(self) -> None:
+        self.model = bare_model(1)
+        self.plans = plans_of(self.model)
+        self.workers = [Worker(self.plans) for _ in range(NUM_WORKERS)]
+        self.fleet = Fleet(self.plans, self.workers)
+        self.threads = ThreadPoolExecutor(NUM_RANKS)
+        port = free_port()
+        self.ranks = list(self.threads.map(lambda r: join(port, r, NUM_RANKS), range(NUM_RANKS)))
+        receiver = DirectReceiver(self.fleet)
+        self.transports = [
+            NcclTransport(receiver, ranks, "127.0.0.1", CPU, PATIENT_S, join_over_gloo) for ranks in self.ranks
+        ]
+        config = SyncConfig(bucket_bytes=1000)
+        self.sources = [
+            WeightSource(self.model, self.plans, config, receiver, transport, ranks)
+            for transport, ranks in zip(self.transports, self.ranks, strict=True)
+        ]
+
+    def publish(self, version: int) -> None:
+        """Every rank must end alike."""
+        futures = [self.threads.submit(source.publish, version) for source in self.sources]
+        faults = [future.exception(STUCK_S) for future in futures]
+        if any(faults):
+            assert len({str(fault) for fault in faults}) == 1, faults
+            raise faults[0]
+
+    def assert_serving(self, version: int) -> None:
+        want = encoded(self.model, self.plans)
+        for worker in self.workers:
+            assert worker.shadow.version == version
+            assert all(torch.equal(worker.shadow.rows(name), rows) for name, rows in want.items())
+
+    def change_everything(self) -> None:
+        with torch.no_grad():
+            for parameter in self.model.parameters():
+                parameter.mul_(1.5)
 
 
-def transport_to(receiver) -> NcclTransport:
-    return NcclTransport(receiver, "127.0.0.1", CPU, PATIENT_S, join=join_over_gloo)
-
-
-def publish(fleet: Fleet, transport: NcclTransport, version: int, tensors: dict[str, torch.Tensor]):
-    """What WeightSource does on rank 0, in two buckets."""
-    pairs = list(tensors.items())
-    try:
-        transport.open()
-        fleet.begin(version, tuple(spec_of(*pair) for pair in pairs))
-        transport.send(version, 0, pairs[:2])
-        transport.send(version, 1, pairs[2:])
-        return fleet.commit(version)
-    except SyncRefused:
-        fleet.abandon(version)
-        raise
+def join_over_gloo(rendezvous: Rendezvous, world_size: int, rank: int) -> GlooCommunicator:
+    return GlooCommunicator(rendezvous.host, rendezvous.rpc_port, rank, world_size)
 
 
 @pytest.fixture
-def fleet(monkeypatch: pytest.MonkeyPatch) -> Fleet:
-    monkeypatch.setattr(actors.shard.ray, "get_gpu_ids", lambda: [])  # it would start a cluster
-    return Fleet([GlooEngine(0), GlooEngine(1)])
+def run() -> Iterator[Run]:
+    run = Run()
+    yield run
+    for transport in run.transports:
+        transport.close()
+    for worker in run.workers:
+        worker.receiver.close()
 
 
-def assert_serving(fleet: Fleet, version: int, expected: dict[str, torch.Tensor]) -> None:
-    assert fleet.publisher.live_version == version and fleet.publisher.state is State.IDLE
-    for engine in fleet.engines:
-        assert not engine._staged and engine._version is None
-        assert engine.model.loaded.keys() == expected.keys()
-        for name, tensor in expected.items():
-            got = engine.model.loaded[name]
-            assert (got.dtype, got.shape) == (tensor.dtype, tensor.shape) and torch.equal(got, tensor)
+def test_every_worker_gets_what_every_rank_sends_over_one_group(run: Run) -> None:
+    run.publish(1)
+    run.assert_serving(1)
+    assert {ref.sender for ref in run.fleet.buckets} == {0, 1}
+    assert all(ref.segment is None for ref in run.fleet.buckets)
+    num_bytes = sum(ref.num_bytes for ref in run.fleet.buckets)
+    with torch.no_grad():
+        run.model.get_parameter("layers.0.q_proj.weight")[3] *= 3
+    run.publish(2)
+    run.assert_serving(2)
+    assert 0 < sum(ref.num_bytes for ref in run.fleet.buckets) < num_bytes / 20
+    assert [worker.num_joins for worker in run.workers] == [1, 1]
 
 
-def test_every_shard_gets_every_version_exactly_over_one_group(fleet: Fleet) -> None:
-    transport = transport_to(fleet)
-    for version in (1, 2):
-        report = publish(fleet, transport, version, weights(version))
-        assert report.num_bytes == sum(spec.num_bytes for spec in SPECS.values())
-        assert_serving(fleet, version, weights(version))
-    assert [engine.num_joins for engine in fleet.engines] == [1, 1]
+def test_a_corrupted_bucket_is_refused_on_every_rank_and_the_next_publication_reopens(run: Run) -> None:
+    run.publish(1)
+    num_first = len(run.fleet.buckets)
+
+    def flip_a_bit(number: int, payload: torch.Tensor) -> None:
+        if number == num_first + 3:
+            payload[0] ^= 1
+
+    run.workers[1].mishap = flip_a_bit
+    run.change_everything()
+    with pytest.raises(SyncRefused, match=r"bucket \d of sender \d, version 2, .*: got digest"):
+        run.publish(2)
+    assert [worker.shadow.version for worker in run.workers] == [1, 1]
+    run.publish(3)
+    run.assert_serving(3)
+    assert [worker.num_joins for worker in run.workers] == [2, 2]
 
 
-def test_a_corrupted_tensor_is_refused_dropped_everywhere_and_the_next_publication_reopens(fleet: Fleet) -> None:
-    transport = transport_to(fleet)
-    publish(fleet, transport, 1, weights(1))
-
-    def flip_a_bit(number: int, tensor: torch.Tensor) -> None:
-        if number == 7:  # the third tensor of the second publication (an empty one is not broadcast)
-            tensor[0] ^= 1
-
-    fleet.engines[1].mishap = flip_a_bit
-    with pytest.raises(
-        SyncRefused, match=r"shard 1: bucket 1 of version 2, layers\.0\.mlp\.experts\.1\.up_proj: got digest"
-    ):
-        publish(fleet, transport, 2, weights(2))
-    assert_serving(fleet, 1, weights(1))
-    publish(fleet, transport, 3, weights(3))
-    assert_serving(fleet, 3, weights(3))
-    assert [engine.num_joins for engine in fleet.engines] == [2, 2]
-
-
-def test_a_silent_receiver_ends_in_time_while_the_engines_go_on(fleet: Fleet) -> None:
-    """The shards' event loop stands for the engines': it must never wait for a broadcast."""
-    stuck, ticks = threading.Event(), []
-    fleet.engines[1].mishap = lambda number, tensor: stuck.wait(STUCK_S)
-
-    async def tick() -> None:
-        while True:
-            ticks.append(time.monotonic())
-            await asyncio.sleep(0.05)
-
-    asyncio.run_coroutine_threadsafe(tick(), fleet.loop)
-    transport = transport_to(fleet)
-    transport.open()
-    assert_refused_in_time(fleet, transport)
-    assert max(b - a for a, b in itertools.pairwise(ticks)) < SLACK_S
-    fleet.engines[1].mishap = lambda number, tensor: None
-    publish(fleet, transport, 2, weights(2))
+def test_a_silent_worker_ends_in_time_on_every_rank(run: Run) -> None:
+    stuck = threading.Event()
+    run.publish(1)
+    run.change_everything()
+    run.workers[1].mishap = lambda number, payload: stuck.wait(STUCK_S)
+    assert_refused_in_time(run, 2)
+    run.workers[1].mishap = lambda number, payload: None
     stuck.set()  # what arrives late belongs to nobody
-    assert_serving(fleet, 2, weights(2))
+    run.publish(3)
+    run.assert_serving(3)
 
 
-def test_a_receiver_that_never_joins_ends_in_time_and_may_join_later(fleet: Fleet) -> None:
+def test_a_worker_that_never_joins_ends_in_time_and_may_join_later(run: Run) -> None:
     never = threading.Event()
-    fleet.engines[0].before_join = lambda: never.wait(STUCK_S)
-    transport = transport_to(fleet)
-    assert_refused_in_time(fleet, transport)
-    fleet.engines[0].before_join = lambda: None
-    publish(fleet, transport, 2, weights(2))
-    assert_serving(fleet, 2, weights(2))
+    run.workers[0].before_join = lambda: never.wait(STUCK_S)
+    assert_refused_in_time(run, 1)
+    run.workers[0].before_join = lambda: None
     never.set()
+    run.publish(2)
+    run.assert_serving(2)
 
 
-def assert_refused_in_time(fleet: Fleet, transport: NcclTransport) -> None:
-    transport._timeout_s = TIMEOUT_S
+def assert_refused_in_time(run: Run, version: int) -> None:
+    for transport in run.transports:
+        transport._timeout_s = TIMEOUT_S
     began = time.monotonic()
     with pytest.raises(SyncRefused, match=r"within sync\.timeout_s"):
-        publish(fleet, transport, 1, weights(1))
+        run.publish(version)
+    assert time.monotonic() - began < 2 * TIMEOUT_S + SLACK_S
+    for transport in run.transports:
+        transport._timeout_s = PATIENT_S
+
+
+def test_a_worker_without_a_group_or_with_a_sender_that_died_says_so() -> None:
+    plans = plans_of(bare_model(1))
+    worker = Worker(plans)
+    ref, _ = bucket(LARGE)
+    with pytest.raises(SyncRefused, match="nobody has opened it"):
+        worker.receiver.receive(ref)
+    rendezvous = Rendezvous(host="127.0.0.1", rpc_port=free_port())
+    sender = ThreadPoolExecutor(1).submit(join_over_gloo, rendezvous, 2, 0)
+    worker.receiver.join(rendezvous, 1, 2)
+    assert sender.result(PATIENT_S) is not None  # it joined, and never broadcasts
+    worker.receiver._timeout_s = TIMEOUT_S
+    began = time.monotonic()
+    with pytest.raises(SyncRefused, match=r"no end within 1 s"):
+        worker.receiver.receive(ref)
     assert time.monotonic() - began < TIMEOUT_S + SLACK_S
-    transport._timeout_s = PATIENT_S
 
 
-def test_a_shard_bounds_its_own_wait_for_a_sender_that_died(fleet: Fleet) -> None:
-    shard = Shard(0, ModelConfig(), EngineConfig(), SyncConfig(timeout_s=0.2))
-
-    async def look() -> list[tuple[bool, str | None]]:
-        return [(True, None), (False, None)]
-
-    with pytest.raises(SyncRefused, match=r"bucket: not done within sync\.timeout_s"):
-        asyncio.run(shard._until_done([(False, None)], look, "bucket"))
+def bucket(num_bytes: int) -> tuple[BucketRef, torch.Tensor]:
+    rows = torch.zeros(num_bytes // 128, 128, dtype=torch.uint8)
+    change = compare(Piece(name="a.weight", first_row=0, num_rows=len(rows)), rows, None)
+    return pack_bucket([change], version=1, attempt=1, base=None, sender=0, index=0)
 
 
 RECEIVER_THAT_DIES = """
@@ -282,7 +277,8 @@ sys.path.insert(0, sys.argv[1])
 from tests.actors.gloo_link import GlooCommunicator
 communicator = GlooCommunicator("127.0.0.1", int(sys.argv[2]), 1, 2)
 sys.stdin.readline()
-communicator.broadcast(torch.empty(4, dtype=torch.uint8), src=0)
+communicator.broadcast(torch.empty(128, dtype=torch.uint8), src=0)
+sys.stdin.readline()
 os._exit(1)
 """
 
@@ -301,82 +297,30 @@ def test_the_death_of_a_receiving_process_is_an_error_in_time() -> None:
         def stage(self, ref: BucketRef) -> None:
             self.process.stdin.write(b"\n")
             self.process.stdin.flush()
-            assert self.process.wait(PATIENT_S) == 1
-            threading.Event().wait(STUCK_S)
+            if ref.num_bytes == LARGE:
+                assert self.process.wait(PATIENT_S) == 1
+                threading.Event().wait(STUCK_S)
 
-    transport = NcclTransport(Doomed(), "127.0.0.1", CPU, PATIENT_S, join=join_over_gloo)
+    ranks = join(free_port(), 0, 1)
+    transport = NcclTransport(Doomed(), ranks, "127.0.0.1", CPU, PATIENT_S, join=join_over_gloo)
     transport.open()
     transport._timeout_s = TIMEOUT_S  # of the bucket; the process needed longer to import torch
     began = time.monotonic()
-    with pytest.raises(Exception, match=r"within sync\.timeout_s|[Cc]onnection|gloo"):
-        transport.send(1, 0, [("first", torch.zeros(1)), ("second", torch.zeros(LARGE))])
+    small, large = (Outgoing(ref=ref, payload=payload, is_kept=False) for ref, payload in (bucket(128), bucket(LARGE)))
+    fault = transport.send(iter([small, large]))
+    assert fault is not None and any(part in str(fault.error) for part in ("sync.timeout_s", "onnection", "gloo"))
     assert time.monotonic() - began < TIMEOUT_S + SLACK_S
-    with pytest.raises(SyncRefused, match="not open"):
-        transport.send(1, 1, [("first", torch.zeros(1))])
+    again = transport.send(iter([small]))
+    assert again is not None and "not open" in str(again.error)
 
 
-def test_a_worker_keeps_its_own_experts_and_checks_all(fleet: Fleet) -> None:
-    for engine in fleet.engines:
-        engine._local = {engine.rank}
-    publish(fleet, transport_to(fleet), 1, weights(1))
-    kept = [{n for n in engine.model.loaded if "experts" in n} for engine in fleet.engines]
-    assert kept == [{"layers.0.mlp.experts.0.up_proj"}, {"layers.0.mlp.experts.1.up_proj"}]
-
-
-def test_a_bucket_goes_the_way_its_record_says(fleet: Fleet) -> None:
-    engine = fleet.engines[0]
-    broadcast = BucketRef(
-        version=1,
-        index=0,
-        segment=None,
-        tensors=(TensorSpec(name="a", shape=(2,), dtype="float32"),),
-        offsets=(),
-        digests=(digest(torch.zeros(2)),),
-    )
-    assert BucketRef.from_json(broadcast.to_json()) == broadcast
-    assert engine.stage(broadcast) == (True, "weight transport: nobody has opened it")
-    written = write_bucket(1, 0, [("a", torch.ones(2))])
-    try:
-        assert engine.stage(written) == (True, None) and engine.stage_outcome(1) == (True, None)
-    finally:
-        unlink(written)
-    unlink(broadcast)
-    config = SimpleNamespace(parallel_config=None, model_config=None)
-    is_done, fault = StagedWeightEngine(None, config, CPU, Model()).stage(broadcast)
-    assert is_done and "expected one in shared memory" in fault
-
-
-def test_the_configuration_chooses_and_cpu_excludes_nccl(fleet: Fleet) -> None:
-    assert isinstance(make_transport(SyncConfig(), fleet, "127.0.0.1", CPU), SharedMemoryTransport)
-    with pytest.raises(InvalidRequest, match="shared_memory"):
-        make_transport(SyncConfig(transport="nccl"), fleet, "127.0.0.1", CPU)
+def test_the_configuration_chooses_and_cpu_excludes_nccl() -> None:
+    ranks, receiver = join(free_port(), 0, 1), DirectReceiver(ShadowController({}))
+    for name in ("shared_memory", "object_store"):
+        transport = make_transport(SyncConfig(transport=name), receiver, ranks, "127.0.0.1", CPU)
+        assert isinstance(transport, StagingTransport)
+    with pytest.raises(InvalidRequest, match="shared_memory or object_store"):
+        make_transport(SyncConfig(transport="nccl"), receiver, ranks, "127.0.0.1", CPU)
     cuda = torch.device("cuda", 0)
-    assert isinstance(make_transport(SyncConfig(transport="nccl"), fleet, "127.0.0.1", cuda), NcclTransport)
-
-
-def test_a_late_answer_of_an_abandoned_publication_does_not_touch_the_next() -> None:
-    class Slow:
-        def __init__(self) -> None:
-            self.release = asyncio.Event()
-
-        async def stage(self, ref) -> None:
-            await self.release.wait()
-            raise SyncRefused("too late")
-
-        async def drop_stage(self, version) -> None: ...
-
-    async def run() -> None:
-        slow = Slow()
-        publisher = Publisher([slow], SPECS, SyncConfig(timeout_s=PATIENT_S))
-        ref = BucketRef(version=1, index=0, segment=None, tensors=(SPECS["scale"],), offsets=(), digests=("",))
-        await publisher.begin(1, tuple(SPECS.values()))
-        late = asyncio.ensure_future(publisher.stage(ref))
-        await asyncio.sleep(0)
-        await publisher.abandon(1)
-        await publisher.begin(1, tuple(SPECS.values()))
-        slow.release.set()
-        with pytest.raises(SyncRefused):
-            await late
-        assert publisher.state is State.STAGING
-
-    asyncio.run(run())
+    transport = make_transport(SyncConfig(transport="nccl"), receiver, ranks, "127.0.0.1", cuda)
+    assert isinstance(transport, NcclTransport)

@@ -13,60 +13,22 @@ import ray
 import torch
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
+from actors.served_encoding import ServedEncoding
 from actors.trainer_group import TrainerGroup
 from rollout.batch import MicroBatch, mini_batches, pad, select
 from rollout.config import ClusterConfig, LossAggregation, ModelConfig, SamplingConfig, SyncConfig, TrainerConfig
 from rollout.cursor import Cursor
 from rollout.errors import CheckpointBroken, InvalidRequest, SyncRefused, TrainerDead
-from rollout.fleet import SyncReport
 from rollout.loss import importance_weights, policy_loss, selected_logprobs
 from rollout.sync.checkpoint_names import checkpoint_specs, split_parameter
-from rollout.sync.manifest import check_against, digest
-from rollout.sync.segments import SHARED_MEMORY, read_bucket
+from rollout.sync.encoding import TensorPlan
 from rollout.types import Group, Prompt, Status, Trajectory
+from tests.actors.shadow_controller import ShadowController, decoded
 
 pytestmark = pytest.mark.ray
 BUCKET_BYTES = 16 * 1024  # smaller than one layer's fused experts, so that these go alone
 TEMPERATURE = 0.8
 ADAM_EPSILON = 1e-3  # keeps the first AdamW step from amplifying rounding where a gradient is near 0
-
-
-class Collector:
-    """Stands where the controller stands: keeps what is published, or refuses a bucket."""
-
-    def __init__(self) -> None:
-        self.tensors: dict[str, torch.Tensor] = {}
-        self.specs: tuple = ()
-        self.refuse_bucket: int | None = None
-        self.calls: list[str] = []
-
-    def begin_publish(self, version: int, specs: tuple) -> None:
-        self.tensors, self.specs, self.calls = {}, specs, ["begin"]
-
-    def publish_bucket(self, ref) -> None:
-        self.calls.append("stage")
-        if ref.index == self.refuse_bucket:
-            raise SyncRefused(f"bucket {ref.index}: digest differs")
-        assert sum(t.num_bytes for t in ref.tensors) <= BUCKET_BYTES or len(ref.tensors) == 1
-        for (name, tensor), want in zip(read_bucket(ref), ref.digests, strict=True):
-            assert digest(tensor) == want
-            self.tensors[name] = tensor.clone()
-
-    def commit_publish(self, version: int) -> SyncReport:
-        check_against(
-            {spec.name: spec for spec in self.specs}, [spec for spec in self.specs if spec.name in self.tensors]
-        )
-        self.calls.append("commit")
-        return SyncReport(version=version, num_tensors=len(self.tensors), num_bytes=0, stage_s=0.0, stall_s=0.0)
-
-    def abandon_publish(self, version: int) -> None:
-        self.calls.append("abandon")
-
-    def set_refused_bucket(self, index: int | None) -> None:
-        self.refuse_bucket = index
-
-    def state(self) -> tuple:
-        return self.tensors, self.specs, self.calls
 
 
 @pytest.fixture(scope="module")
@@ -117,8 +79,19 @@ def start_group(model_dir: Path, run_dir: Path, controller, config: TrainerConfi
 
 
 @pytest.fixture(scope="module")
-def collector(ray_cluster):
-    return ray.remote(Collector).options(num_cpus=0).remote()
+def plans(model_dir) -> dict[str, TensorPlan]:
+    """Everything in float32, as the default engine serves it."""
+    return ServedEncoding(dtype="float32", int4=None).plans(model_dir)
+
+
+@pytest.fixture(scope="module")
+def collector(ray_cluster, plans):
+    return start_collector(plans)
+
+
+def start_collector(plans: dict[str, TensorPlan]):
+    """Stands where the controller stands: keeps what is published, or refuses a bucket."""
+    return ray.remote(ShadowController).options(num_cpus=0, max_concurrency=4).remote(plans)
 
 
 @pytest.fixture(scope="module")
@@ -158,8 +131,12 @@ def make_groups(seed: int, num_groups: int = 5, size: int = 4, rewards=None) -> 
 
 
 def published(group: TrainerGroup, collector) -> dict[str, torch.Tensor]:
+    """Float32 tensors by checkpoint name, as they arrived."""
+    version = max(group.version, ray.get(collector.live_version.remote()) + 1)
+    group._version = version  # versions only rise, and several groups publish to one collector
     group.publish()
-    return ray.get(collector.state.remote())[0]
+    plans = ray.get(collector.get_plans.remote())
+    return decoded(ray.get(collector.state.remote())[0], plans)
 
 
 def plain_model(model_dir: Path, weights: dict[str, torch.Tensor]) -> Qwen3MoeForCausalLM:
@@ -322,21 +299,24 @@ def test_without_tis_the_ratio_is_to_the_sampling_policy_and_clips_in_one_update
 
 def test_publication_has_exactly_the_checkpoint_tensors(group, collector, model_dir):
     tensors = published(group, collector)
-    _, specs, calls = ray.get(collector.state.remote())
-    check_against(checkpoint_specs(model_dir, "float32"), specs)
-    assert tensors.keys() == checkpoint_specs(model_dir, "float32").keys()
-    assert calls[0] == "begin" and calls[-1] == "commit" and len(calls) > 4
+    _, calls, buckets = ray.get(collector.state.remote())
+    assert {name: tuple(t.shape) for name, t in tensors.items()} == {
+        name: spec.shape for name, spec in checkpoint_specs(model_dir, "float32").items()
+    }
+    assert calls[0].startswith("begin") and calls[-1] == "commit" and len(calls) > 4
+    assert {ref.sender for ref in buckets} == {0, 1}
+    assert all(ref.num_bytes <= BUCKET_BYTES for ref in buckets)
 
 
 def test_refused_publication_leaves_the_group_usable(group, collector):
-    ray.get(collector.set_refused_bucket.remote(2))
-    segments = set(SHARED_MEMORY.glob("longroll-*"))
-    with pytest.raises(SyncRefused, match="digest differs"):
-        group.publish()
-    assert ray.get(collector.state.remote())[2] == ["begin", "stage", "stage", "stage", "abandon"]
-    assert set(SHARED_MEMORY.glob("longroll-*")) <= segments
-    ray.get(collector.set_refused_bucket.remote(None))
-    assert group.publish().version == group.version
+    ray.get(collector.set_fault.remote((1, 2, "refuse")))
+    with pytest.raises(SyncRefused, match=r"bucket 2 of sender 1, .*digest differs"):
+        published(group, collector)
+    calls = ray.get(collector.state.remote())[1]
+    assert "commit" not in calls and "abandon" in calls
+    ray.get(collector.set_fault.remote(None))
+    assert published(group, collector).keys()
+    assert ray.get(collector.state.remote())[1][0] == "begin full"
 
 
 def test_greedy_equals_plain_transformers(group, collector, model_dir):

@@ -65,7 +65,7 @@ def test_overrides_reach_their_fields() -> None:
         ("sampling.n_samples_per_prompt=0", "n_samples_per_prompt"),
         ("sampling.max_tokens=2048", "max_model_len"),
         ("engine.all2all_backend=deepep_low_latency", "GPUs"),
-        ("engine.kv_cache_dtype=fp8", "auto"),
+        ("engine.kv_cache_dtype=fp8", "auto or int8_per_token_head on CPU"),
         ("engine.enforce_eager=false", "graphs"),
         ("engine.gpu_memory_utilization=0.5", "no effect"),
         ("engine.omp_threads_bind=0", "2 core lists"),
@@ -86,6 +86,16 @@ def test_overrides_reach_their_fields() -> None:
 def test_a_mistake_is_named(override: str, said: str) -> None:
     with pytest.raises(InvalidRequest, match=said):
         compose([override])
+
+
+def test_kv_cache_dtypes_of_each_device() -> None:
+    on_gpu = ["cluster=h200_8x8", "engine.omp_threads_bind=null"]
+    for dtype in ("auto", "int8_per_token_head"):
+        assert compose([f"engine.kv_cache_dtype={dtype}"]).engine.kv_cache_dtype == dtype
+        assert compose([f"engine.kv_cache_dtype={dtype}", *on_gpu]).engine.kv_cache_dtype == dtype
+    assert compose(["engine.kv_cache_dtype=fp8", *on_gpu]).engine.kv_cache_dtype == "fp8"
+    with pytest.raises(InvalidRequest, match=r"engine\.kv_cache_dtype.*int4_per_token_head.*one of auto, int8_per"):
+        compose(["engine.kv_cache_dtype=int4_per_token_head", *on_gpu])
 
 
 def test_no_effect_with_tis_off() -> None:

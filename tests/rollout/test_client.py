@@ -16,11 +16,16 @@ from rollout.errors import InvalidRequest, ServiceLost, SyncRefused
 from rollout.fleet import SyncReport
 from rollout.handles import Delivery, RolloutHandle
 from rollout.prompts import read_prompts
-from rollout.sync.manifest import spec_of
+from rollout.sync import segments
+from rollout.sync.encoding import plain_tensor, plan_tensors
+from rollout.sync.manifest import TensorSpec, check_tiling
 from rollout.sync.segments import SHARED_MEMORY
+from rollout.sync.shadow import Shadow
 from rollout.types import Group, ModelLimits, SamplingParams
 
 SAMPLING = SamplingParams(max_tokens=4)
+PLANS = plan_tensors((TensorSpec(name=name, shape=(100,), dtype="float32") for name in "abc"), int4=None)
+ROW_BYTES = 256
 
 
 class Reference:
@@ -55,6 +60,8 @@ class FakeController:
         self.requests, self.acknowledged, self.calls, self.buckets = [], [], [], []
         self.fault = None
         self.finished = {}
+        self.live_version, self.attempt = 0, 7
+        self.shadow = Shadow(PLANS, {n: torch.zeros(p.num_rows, p.row_bytes).byte() for n, p in PLANS.items()}, 0)
 
     def __getattr__(self, name):
         return Method(getattr(self, f"on_{name}"))
@@ -83,17 +90,43 @@ class FakeController:
     def on_abort(self, handle_id):
         self.calls.append("abort")
 
-    def on_begin_publish(self, version, specs):
-        self.calls.append("begin")
+    def on_served_plans(self):
+        return PLANS
+
+    def on_begin_publish(self, version, base, pieces):
+        self.calls.append(f"begin {version} on {base}")
+        check_tiling({name: plan.num_rows for name, plan in PLANS.items()}, (piece for _, piece in pieces))
+        if base not in (None, self.live_version):
+            raise SyncRefused("send everything")
+        self.shadow.drop()
+        self.attempt += 1
+        return self.attempt
 
     def on_publish_bucket(self, ref):
         if self.fault is not None:
             raise self.fault
-        self.buckets.append((tuple(s.name for s in ref.tensors), len(list(SHARED_MEMORY.glob(ref.segment)))))
+        assert (ref.attempt, ref.sender, ref.index) == (self.attempt, 0, len(self.buckets))
+        self.shadow.stage(ref, segments.map(ref))
+        self.buckets.append((tuple(e.name for e in ref.entries), ref.num_bytes))
 
     def on_commit_publish(self, version):
         self.calls.append("commit")
-        return SyncReport(version=version, num_tensors=0, num_bytes=0, stage_s=0.0, stall_s=0.0)
+        assert self.shadow.missing() == []
+        self.shadow.commit(version)
+        self.live_version, buckets, self.buckets = version, self.buckets, []
+        return SyncReport(
+            version=version,
+            num_tensors=len(PLANS),
+            num_bytes=sum(num_bytes for _, num_bytes in buckets),
+            num_bytes_full=0,
+            num_rows_changed=0,
+            stage_s=0.0,
+            flip_s=0.0,
+            stall_s=0.0,
+        )
+
+    def served(self, name):
+        return plain_tensor(self.shadow.rows(name), PLANS[name])
 
     def on_abandon_publish(self, version):
         self.calls.append("abandon")
@@ -164,16 +197,78 @@ def test_group_ids_of_later_submissions_differ():
     assert ids[0] != ids[1]
 
 
-@pytest.mark.parametrize("is_async", [False, True])
-def test_publish_sends_bounded_buckets_and_leaves_no_segment(is_async):
-    controller = FakeController()
-    weights = {name: torch.ones(4) for name in "abc"}
+def publish(controller, is_async, version, weights, **options):
     if is_async:
-        asyncio.run(AsyncRolloutClient(controller, bucket_bytes=32).publish(1, weights))
-    else:
-        RolloutClient(controller, bucket_bytes=32).publish(1, weights)
-    assert controller.buckets == [(("a", "b"), 1), (("c",), 1)]
-    assert controller.calls == ["begin", "commit"]
+        return asyncio.run(AsyncRolloutClient(controller, **options).publish(version, weights))
+    return RolloutClient(controller, **options).publish(version, weights)
+
+
+def random_weights(seed):
+    generator = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(100, generator=generator) for name in PLANS}
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+@pytest.mark.parametrize("read", [dict, lambda w: list(w.items()), lambda w: iter(reversed(w.items()))])
+def test_publish_sends_bounded_buckets_and_leaves_no_segment(is_async, read):
+    controller, weights = FakeController(), random_weights(0)
+    before = set(SHARED_MEMORY.glob("longroll-*"))
+    sizes = []
+    controller.buckets = Recorder(sizes)
+    report = publish(controller, is_async, 1, read(weights), bucket_bytes=4 * ROW_BYTES)
+    assert sorted(map(len, (names for names, _ in sizes))) == [1, 2] and max(size for _, size in sizes) <= 4 * ROW_BYTES
+    assert report.num_bytes == 6 * ROW_BYTES and controller.calls == ["begin 1 on None", "commit"]
+    assert all(torch.equal(controller.served(name), weights[name]) for name in PLANS)
+    assert set(SHARED_MEMORY.glob("longroll-*")) <= before
+
+
+class Recorder(list):
+    """A list that also tells another one."""
+
+    def __init__(self, told):
+        super().__init__()
+        self._told = told
+
+    def append(self, item):
+        super().append(item)
+        self._told.append(item)
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_a_client_that_sends_changes_sends_only_those_and_everything_where_they_do_not_apply(is_async):
+    controller, weights = FakeController(), random_weights(0)
+    with asyncio.Runner() as runner:
+        if is_async:
+            client = AsyncRolloutClient(controller, send_changes=True)
+
+            def publish(*args):
+                return runner.run(client.publish(*args))
+        else:
+            publish = RolloutClient(controller, send_changes=True).publish
+        assert publish(1, weights).num_bytes == 6 * ROW_BYTES
+        weights["b"][70] += 1.0  # in place: what the client remembers must not change with it
+        mask_bytes = 16
+        assert publish(2, weights).num_bytes == ROW_BYTES + mask_bytes
+        assert publish(3, weights).num_bytes == 0
+        controller.live_version = 9  # somebody else published
+        weights["c"][0] += 1.0
+        assert publish(10, weights).num_bytes == 6 * ROW_BYTES
+    begins = [call for call in controller.calls if call != "commit"]
+    assert begins == ["begin 1 on None", "begin 2 on 1", "begin 3 on 2", "begin 10 on 3", "begin 10 on None"]
+    assert all(torch.equal(controller.served(name), weights[name]) for name in PLANS)
+
+
+def test_a_refused_publication_is_not_what_the_next_one_changes():
+    controller, weights = FakeController(), random_weights(0)
+    client = RolloutClient(controller, send_changes=True)
+    client.publish(1, weights)
+    weights["a"][0] += 1.0
+    controller.fault = SyncRefused("no room")
+    with pytest.raises(SyncRefused, match="no room"):
+        client.publish(2, weights)
+    controller.fault = None
+    client.publish(2, weights)
+    assert controller.calls[-2:] == ["begin 2 on 1", "commit"] and torch.equal(controller.served("a"), weights["a"])
 
 
 def test_a_refused_bucket_abandons_the_publication():
@@ -181,20 +276,28 @@ def test_a_refused_bucket_abandons_the_publication():
     controller.fault = SyncRefused("digest differs")
     before = set(SHARED_MEMORY.glob("longroll-*"))
     with pytest.raises(SyncRefused, match="digest differs"):
-        RolloutClient(controller).publish(1, {"a": torch.ones(4)})
-    assert controller.calls == ["begin", "abandon"]
+        RolloutClient(controller).publish(1, random_weights(0))
+    assert controller.calls == ["begin 1 on None", "abandon"]
     assert set(SHARED_MEMORY.glob("longroll-*")) <= before
 
 
-def test_a_generator_of_weights_needs_specs_and_must_follow_them():
-    client = RolloutClient(FakeController())
-    with pytest.raises(SyncRefused, match="read only once"):
-        client.publish(1, iter([("a", torch.ones(4))]))
-    specs = [spec_of("a", torch.ones(4)), spec_of("b", torch.ones(4))]
-    client.publish(1, iter([("a", torch.ones(4)), ("b", torch.ones(4))]), specs)
-    for wrong in ([("b", torch.ones(4)), ("a", torch.ones(4))], [("a", torch.ones(4))]):
-        with pytest.raises(SyncRefused, match="bucket 0 of version 1"):
-            client.publish(1, iter(wrong), specs)
+@pytest.mark.parametrize("is_async", [False, True])
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (lambda w: w | {"x": torch.ones(1)}, "x: not a tensor of the model"),
+        (lambda w: {name: w[name] for name in "ab"}, "c: missing"),
+        (lambda w: [*w.items(), ("a", w["a"])], "a: sent twice"),
+        (lambda w: w | {"a": torch.ones(10, 10)}, r"a: got shape \(10, 10\), expected \(100,\)"),
+        (lambda w: w | {"a": torch.ones(100).bfloat16()}, "a: got dtype bfloat16, expected float32"),
+        (lambda w: w | {"a": torch.full((100,), float("nan"))}, "a: got NaN"),
+    ],
+)
+def test_weights_that_are_not_those_of_the_model_are_refused_and_abandoned(is_async, change, match):
+    controller = FakeController()
+    with pytest.raises(SyncRefused, match=match):
+        publish(controller, is_async, 1, change(random_weights(0)))
+    assert controller.calls == ["begin 1 on None", "abandon"]
 
 
 def test_remote_errors_arrive_as_their_cause():
@@ -211,7 +314,7 @@ def test_remote_errors_arrive_as_their_cause():
     for fault, expected in ((Dual("a long traceback"), SyncRefused), (ActorDiedError("x"), ServiceLost)):
         controller.fault = fault
         with pytest.raises(expected) as info:
-            RolloutClient(controller).publish(1, {"a": torch.ones(4)})
+            RolloutClient(controller).publish(1, random_weights(0))
         assert type(info.value) is expected and "traceback" not in str(info.value)
 
 

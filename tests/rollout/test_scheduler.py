@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from rollout.config import SchedulerConfig
 from rollout.errors import EngineDead, InvalidRequest, QueueFull, UnknownHandle
+from rollout.routing import RoutingRef, covers
 from rollout.scheduler.ledger import Ledger
 from rollout.scheduler.records import Dispatch, FailureKind
 from rollout.scheduler.scheduler import Scheduler
@@ -50,6 +51,7 @@ def answer(dispatch: Dispatch, num_tokens=None, reason=FinishReason.LENGTH, vers
     chunk = dispatch.chunk
     num = chunk.max_tokens if num_tokens is None else num_tokens
     start = len(chunk.token_ids)
+    first = 0 if start == chunk.num_prompt_tokens else start - 1
     return ChunkResult(
         trajectory_id=chunk.trajectory_id,
         token_ids=tuple(range(start, start + num)),
@@ -57,6 +59,7 @@ def answer(dispatch: Dispatch, num_tokens=None, reason=FinishReason.LENGTH, vers
         spans=(VersionSpan(version=version, start=0, stop=num),) if num else (),
         finish_reason=reason,
         shard=dispatch.shard,
+        routing=RoutingRef(ref=None, num_bytes=0, first_token=first, num_tokens=start + num - 1 - first),
     )
 
 
@@ -66,6 +69,8 @@ def check_record(trajectory):
     assert len(trajectory.logprobs) == len(trajectory.loss_mask) == len(trajectory.token_ids)
     covered = [i for span in trajectory.weight_versions for i in range(span.start, span.stop)]
     assert covered == list(range(len(trajectory.token_ids)))
+    num_rows = num_prompt + len(trajectory.token_ids) - 1 if trajectory.token_ids else 0
+    assert covers(trajectory.routed_experts, num_rows)
     if trajectory.status is Status.FAILED:
         assert trajectory.error and trajectory.reward is None
 

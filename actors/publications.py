@@ -1,0 +1,111 @@
+"""Publications as a controller runs them: shard actors in the publisher's place of receivers, and what is counted.
+
+Owns the receivers, the snapshot for shards that join late, and the counts. How weights flip is decided in
+`rollout.sync.publication`; what becomes of trajectories meanwhile is the controller's business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Coroutine, Mapping, Sequence
+from typing import Any
+
+from actors.receivers import ShardReceiver
+from rollout.config import InFlight, SyncConfig
+from rollout.errors import EngineDead, SyncRefused
+from rollout.fleet import Rendezvous, ShardInfo, SyncReport
+from rollout.sync.encoding import TensorPlan
+from rollout.sync.manifest import BucketRef, Piece
+from rollout.sync.members import OnDead
+from rollout.sync.publication import Publisher, State
+
+
+class Publications:
+    """The controller's publisher.
+
+    Args:
+        shards: Actor handles, by rank.
+        infos: What the shards said about themselves, by rank.
+        plans: Every tensor of the model and how it is served.
+        config: Timeouts and the in-flight policy.
+        initial_version: Version of the weights that the shards loaded.
+        on_lost: Told which ranks must be given no requests any more, and why.
+    """
+
+    def __init__(
+        self,
+        shards: Mapping[int, Any],
+        infos: Sequence[ShardInfo],
+        plans: Mapping[str, TensorPlan],
+        config: SyncConfig,
+        initial_version: int,
+        on_lost: OnDead,
+    ) -> None:
+        self.num_workers = sum(info.num_workers for info in infos)
+        left = {info.rank: sum(i.num_workers for i in infos if i.rank >= info.rank) for info in infos}
+        self._receivers = {rank: ShardReceiver(shard, left[rank]) for rank, shard in sorted(shards.items())}
+        groups = {info.rank: info.group for info in infos}
+        self._publisher = Publisher(
+            self._receivers, groups, plans, config, live_version=initial_version, on_dead=on_lost
+        )
+        self._snapshot: tuple[int, tuple[BucketRef, ...]] = (initial_version, ())
+        self.num_syncs = self.num_refused = 0
+
+    @property
+    def live_version(self) -> int:
+        return self._publisher.live_version
+
+    async def open_transport(self, rendezvous: Rendezvous, world_size: int) -> None:
+        await self._counted(self._publisher.open_transport(rendezvous, world_size))
+
+    async def begin(self, version: int, base: int | None, pieces: Sequence[tuple[int, Piece]]) -> int:
+        attempt: int = await self._counted(self._publisher.begin(version, base, pieces))
+        return attempt
+
+    async def stage(self, ref: BucketRef, payload: Any) -> None:
+        """Stage a bucket; `payload` is its reference in Ray's object store, or None."""
+        for receiver in self._receivers.values():
+            receiver.offer(ref, payload)
+        try:
+            await self._counted(self._publisher.stage(ref))
+        finally:
+            for receiver in self._receivers.values():
+                receiver.offer(ref, None)
+
+    async def commit(self, version: int, in_flight: InFlight) -> SyncReport:
+        report: SyncReport = await self._counted(self._publisher.commit(version, in_flight))
+        self.num_syncs += 1
+        return report
+
+    async def abandon(self, version: int) -> None:
+        """Give up a publication that is open; its sender found a fault."""
+        if self._publisher.state is State.STAGING:
+            self.num_refused += 1
+        await self._publisher.abandon(version)
+
+    def remember(self, version: int, refs: Sequence[BucketRef]) -> None:
+        """Where all bytes of a version can be had; the senders keep them."""
+        self._snapshot = (version, tuple(refs))
+
+    def lose(self, rank: int) -> None:
+        """A shard is gone, and its group with it."""
+        self._publisher.lose([rank])
+
+    async def rejoin(self, shards: Mapping[int, Any]) -> None:
+        """Bring the shards of a group that were started anew to the live version.
+
+        Raises:
+            SyncRefused: They could not be brought to it; they stay out.
+            EngineDead: One of them is gone.
+        """
+        receivers = {rank: self._receivers[rank].of(shard) for rank, shard in shards.items()}
+        self._publisher.restarted(receivers)
+        version, refs = self._snapshot
+        await self._publisher.catch_up(min(shards), refs if version == self._publisher.live_version else ())
+        self._receivers |= receivers
+
+    async def _counted(self, step: Coroutine[Any, Any, Any]) -> Any:
+        try:
+            return await step
+        except (SyncRefused, EngineDead):
+            self.num_refused += 1
+            raise
