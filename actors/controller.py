@@ -186,12 +186,7 @@ class Controller:
         await self._publications.stage(ref, payload[0] if payload else None)
 
     async def commit_publish(self, version: int, in_flight: InFlight | None = None) -> SyncReport:
-        """Flip all shards. With a pause nothing is dispatched until it is over.
-
-        Args:
-            version: The open publication's.
-            in_flight: What happens to running generations; None = sync.in_flight.
-        """
+        """Flip all shards (see Publisher.commit). With a pause nothing is dispatched until it is over."""
         mode = in_flight or self._sync.in_flight
         is_paused = mode is not InFlight.KEEP
         self._num_flips_under_way += is_paused
@@ -212,15 +207,7 @@ class Controller:
         self._publications.remember(version, refs)
 
     async def rejoin(self, shards: Mapping[int, Any]) -> None:
-        """Take back the shards of a group that were started anew, once they serve the live version.
-
-        Args:
-            shards: Actor handles by rank, all of one group.
-
-        Raises:
-            SyncRefused: They could not be brought to it; they stay out.
-            EngineDead: One of them is gone.
-        """
+        """Take back the shards of a group that were started anew; see Publications.rejoin."""
         await self._publications.rejoin(shards)
         for rank, shard in shards.items():
             self._shards[rank] = shard

@@ -76,11 +76,11 @@ def engine_args(
         recompute_kv=sync.recompute_kv,
         capture_routing=engine.enable_return_routed_experts,
     )
-    arguments["additional_config"] = options.to_additional_config()
     arguments |= _memory(engine, on_gpu) | _group(engine, rank, rendezvous) | _weights(model, engine, on_gpu)
     if engine.all2all_backend is not None:
         arguments["all2all_backend"] = engine.all2all_backend
     arguments |= engine.vllm
+    arguments["additional_config"] = options.to_additional_config() | engine.vllm.get("additional_config", {})
     unknown = sorted(set(engine.vllm) - set(AsyncEngineArgs.__dataclass_fields__))
     if unknown:
         raise InvalidRequest("engine.vllm", unknown, "names of vLLM engine arguments")

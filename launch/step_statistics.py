@@ -12,7 +12,6 @@ from launch.evaluation import is_exact
 from launch.history import StepRecord
 from rollout.errors import LongrollError
 from rollout.fleet import SyncReport
-from rollout.mismatch import MismatchReport
 from rollout.train_metrics import TrainMetrics
 from rollout.types import Group, Status, Trajectory
 
@@ -80,13 +79,22 @@ def step_record(
         num_trajectories=len(trajectories),
         num_failed=sum(t.status is Status.FAILED for t in trajectories),
         num_tokens=sum(lengths),
-        num_groups_filtered=metrics.num_filtered_groups,
         staleness_max=sampled - oldest,
         rollout_s=times.rollout_s,
         train_s=times.train_s,
         sync_s=times.sync_s,
         save_s=times.save_s,
         stall_s=report.stall_s,
+        kv_usage_max=kv_usage_max,
+        trajectories_digest=trajectories_digest(trajectories),
+        **_trained(metrics),
+    )
+
+
+def _trained(metrics: TrainMetrics) -> dict[str, Any]:
+    """Fields of a record about the policy update; those of a mismatch by cause only where it was measured."""
+    fields = dict(
+        num_groups_filtered=metrics.num_filtered_groups,
         mismatch_kl=metrics.mismatch_kl,
         loss=metrics.loss,
         grad_norm=metrics.grad_norm,
@@ -96,21 +104,15 @@ def step_record(
         reference_kl=metrics.reference_kl,
         tis_weight_mean=metrics.tis_weight_mean,
         tis_capped_fraction=metrics.tis_capped_fraction,
-        kv_usage_max=kv_usage_max,
         is_skipped=metrics.is_skipped,
-        trajectories_digest=trajectories_digest(trajectories),
         num_routing_replayed=metrics.num_routing_replayed,
         num_routing_missing=metrics.num_routing_missing,
         tis_cap=metrics.tis_cap,
-        **_causes(metrics.mismatch),
     )
-
-
-def _causes(report: MismatchReport | None) -> dict[str, Any]:
-    """Fields of a record about a measurement of the mismatch by cause; none in steps without."""
+    report = metrics.mismatch
     if report is None:
-        return {}
-    return dict(
+        return fields
+    return fields | dict(
         mismatch_kl_slice=report.all,
         mismatch_kl_weights=report.weights,
         mismatch_kl_kv=report.kv,

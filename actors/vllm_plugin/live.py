@@ -90,7 +90,8 @@ def live_weights(model: torch.nn.Module, plans: Mapping[str, TensorPlan]) -> lis
         plans: Of every tensor of the checkpoint, with the activation dtype.
 
     Raises:
-        ValueError: A parameter of the model is not, in full, a tensor of the plans.
+        ValueError: A parameter of the model is not, in full, a tensor of the plans; or no rank would hold one of
+            these, as with a bias that vLLM's model does not have and leaves out without a word.
     """
     if get_tensor_model_parallel_world_size() != 1:
         raise ValueError("weights in place: got tensor_parallel_size > 1, expected 1")
@@ -105,7 +106,18 @@ def live_weights(model: torch.nn.Module, plans: Mapping[str, TensorPlan]) -> lis
     for name, parameter in model.named_parameters():
         if parameter.untyped_storage().data_ptr() not in covered:
             raise ValueError(f"parameter {name}: got no checkpoint tensor for it, expected every parameter to have one")
+    unheld = plans.keys() - _served_names(model, weights)
+    if unheld:
+        raise ValueError(f"checkpoint tensor {min(unheld)}: got no layer for it, expected one (of {len(unheld)} such)")
     return weights
+
+
+def _served_names(model: torch.nn.Module, weights: list[LiveWeight]) -> set[str]:
+    """Names of what this rank holds, and of the experts of other ranks."""
+    experts = (getattr(module, "longroll_names", ()) for module in model.modules())
+    return {name for layer in experts for expert in layer for name in expert} | {
+        name for weight in weights for name in weight.sources
+    }
 
 
 def take_initial_rows(model: torch.nn.Module, plans: Mapping[str, TensorPlan]) -> dict[str, torch.Tensor]:

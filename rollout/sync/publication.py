@@ -201,11 +201,9 @@ class Publisher:
         await asyncio.shield(staging)
 
     async def commit(self, version: int, in_flight: InFlight | None = None) -> SyncReport:
-        """Switch every shard to the staged version. Goes on to its end if the caller is cancelled.
+        """Switch every shard to the staged version, with another policy than configured if `in_flight` says so.
 
-        Args:
-            version: The open publication's.
-            in_flight: What happens to running generations; None = as configured.
+        Goes on to its end if the caller is cancelled.
 
         Raises:
             SyncRefused: Something is missing, digests differ, or no group could be switched; the old

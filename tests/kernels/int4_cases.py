@@ -28,15 +28,31 @@ def random_packed(*shape: int, group_size: int, seed: int = 0) -> Packed:
     return quantise(weight, group_size)
 
 
-def poison_empty(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fill what torch.empty allocates with NaN, or numbers out of range: a slot never written cannot pass."""
-    empty = torch.empty
+def poison_empty(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
+    """Fill what torch.empty allocates, and as much again as a row behind it, with NaN or numbers out of range.
 
-    def poisoned(*size: int, **options: object) -> torch.Tensor:
-        tensor = empty(*size, **options)
-        return tensor.fill_(math.nan if tensor.is_floating_point() else torch.iinfo(tensor.dtype).max // 2)
+    A slot never written cannot pass then. Returns what lies behind the tensors, for ``assert_intact``.
+    """
+    empty = torch.empty
+    behind: list[torch.Tensor] = []
+
+    def poisoned(*size: int | tuple[int, ...], **options: object) -> torch.Tensor:
+        shape = size if all(isinstance(length, int) for length in size) else size[0]
+        numel = math.prod(shape)
+        memory = empty(numel + max([64, *shape]), **options)
+        memory.fill_(math.nan if memory.is_floating_point() else torch.iinfo(memory.dtype).max // 2)
+        behind.append(memory[numel:])
+        return memory[:numel].view(shape)
 
     monkeypatch.setattr(torch, "empty", poisoned)
+    return behind
+
+
+def assert_intact(behind: list[torch.Tensor]) -> None:
+    """Fail if anything was written behind a tensor."""
+    for guard in behind:
+        is_intact = guard.isnan() if guard.is_floating_point() else guard == torch.iinfo(guard.dtype).max // 2
+        assert bool(is_intact.all())
 
 
 def linear_bound(

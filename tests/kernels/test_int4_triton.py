@@ -6,6 +6,7 @@ weights rounded to it where many tokens meet them, and stores round. The bounds 
 """
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -13,7 +14,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels.int4 import GROUP_SIZES, quantise
-from tests.kernels.int4_cases import UNIT, Packed, assert_within, linear_bound, moe_bound, poison_empty, random_packed
+from tests.kernels.int4_cases import (
+    UNIT,
+    Packed,
+    assert_intact,
+    assert_within,
+    linear_bound,
+    moe_bound,
+    poison_empty,
+    random_packed,
+)
 
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if IS_INTERPRETED else "cuda"
@@ -33,6 +43,13 @@ if IS_INTERPRETED or torch.cuda.is_available():
     from kernels.int4.triton import int4_linear_triton, quantise_triton
     from kernels.int4.triton_moe import int4_moe_triton, route
     from kernels.int4.triton_tile import choose_tile
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    behind = poison_empty(monkeypatch)
+    yield
+    assert_intact(behind)
 
 
 def on_device(tensors: Packed) -> Packed:
@@ -83,7 +100,6 @@ def test_bytes_at_tile_edges_and_extremes(group_size: int, monkeypatch: pytest.M
         assert_same_bytes(weight, group_size)
     halves = torch.zeros(1, group_size)
     halves[0, :12] = torch.tensor([7.0, -6.5, -5.5, -2.5, -1.5, -0.5, 0.5, 1.5, 2.5, 5.5, 6.5, -7.0])
-    poison_empty(monkeypatch)
     assert_same_bytes(halves, group_size)
 
 
@@ -115,14 +131,12 @@ def check_linear(num_rows: int, num_out: int, num_in: int, group_size: int, *, h
 @pytest.mark.parametrize("num_rows", [1, 15, 16, 17, 32, 33, 64, 65, 128, 129, 256, 257])
 @pytest.mark.parametrize("group_size", [32, 128])
 def test_linear_at_token_edges(num_rows: int, group_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    poison_empty(monkeypatch)
     check_linear(num_rows, 65, 256, group_size, has_bias=num_rows % 2 == 1)
 
 
 @pytest.mark.parametrize("num_out", [1, 63, 64, 65, 127, 128, 129])
 @pytest.mark.parametrize("num_rows", [3, 70])
 def test_linear_at_feature_edges(num_rows: int, num_out: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    poison_empty(monkeypatch)
     check_linear(num_rows, num_out, 128, 64, has_bias=False)
 
 
@@ -133,7 +147,6 @@ def test_linear_at_group_edges(
     num_groups: int, group_size: int, min_programs: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Steps that end beyond the last group, in one program or split between several."""
-    poison_empty(monkeypatch)
     monkeypatch.setattr(int4_triton, "_MIN_PROGRAMS", min_programs)
     check_linear(2, 20, num_groups * group_size, group_size, has_bias=True)
     check_linear(66, 20, num_groups * group_size, group_size, has_bias=True)
@@ -175,7 +188,6 @@ def test_routing_lists_every_local_assignment_once(
 ) -> None:
     monkeypatch.setattr(triton_moe, "_MAX_ONE_PROGRAM", max_one_program)
     monkeypatch.setattr(triton_moe, "_ROUTE_ELEMENTS", 256)  # several chunks of either loop
-    poison_empty(monkeypatch)
     ids = random_ids(num_tokens, 7, top_k).int()
     expert_map = torch.tensor([-1, 2, 0, -1, 4, 1, 3]) if has_map else None
     num_experts = 5  # without a map, ids 5 and 6 are nobody's
@@ -223,14 +235,12 @@ def check_moe(
     [(0, 32), (1, 32), (1, 64), (5, 128), (24, 32), (25, 128), (49, 64), (97, 32), (193, 128)],
 )
 def test_experts(num_tokens: int, group_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    poison_empty(monkeypatch)
     check_moe(num_tokens, 2 * group_size, group_size, group_size, None, num_experts=3)
 
 
 @pytest.mark.parametrize(("hidden", "width"), [(32, 32), (96, 160), (224, 96)])
 @pytest.mark.parametrize("num_tokens", [6, 70])
 def test_experts_at_feature_edges(hidden: int, width: int, num_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    poison_empty(monkeypatch)
     check_moe(num_tokens, hidden, width, 32, torch.tensor([-1, 0, -1, 1]), num_experts=2)
 
 
@@ -240,14 +250,12 @@ def test_experts_elsewhere_and_experts_without_tokens(
     max_one_program: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(triton_moe, "_MAX_ONE_PROGRAM", max_one_program)
-    poison_empty(monkeypatch)
     check_moe(3, 64, 64, 64, torch.tensor([-1, 4, -1, -1, 0, -1, 2, 1, 3, -1], dtype=dtype), num_experts=5)
     check_moe(2, 64, 64, 64, torch.full((4,), -1, dtype=dtype), num_experts=1)
 
 
 def test_experts_take_many_tokens_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_moe, "_MAX_TOKENS", 8)
-    poison_empty(monkeypatch)
     check_moe(21, 64, 32, 32, None, num_experts=2)
 
 

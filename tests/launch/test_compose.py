@@ -11,6 +11,7 @@ from rollout.errors import InvalidRequest
 FILES = sorted((path.parent.name, path.stem) for path in CONF.glob("*/*.yaml"))
 LARGE = ["qwen3_235b_rl_20k", "qwen3_235b_rl_32k", "qwen3_235b_serving"]
 COMPANY = {  # what a file cannot do without
+    "engine/ep8_int4": ["cluster=h200_8x8"],
     "engine/ep64_low_latency": ["cluster=h200_8x8"],
     "engine/ep64_high_throughput": ["cluster=h200_8x8"],
     "sync/nccl": ["cluster=h200_8x8", "trainer.num_gpus_per_rank=1"],
@@ -115,9 +116,9 @@ def test_missing_model_directory(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("experiment", LARGE)
 def test_large_experiments_fill_64_gpus_and_fit_the_model(experiment: str) -> None:
     config = compose([f"experiment={experiment}"])
-    num_gpus = config.engine.num_shards * config.engine.tensor_parallel_size
+    num_gpus = config.engine.num_all_shards * config.engine.tensor_parallel_size
     assert num_gpus == config.cluster.num_nodes * config.cluster.num_gpus_per_node == 64
-    assert 128 % num_gpus == 0, "experts spread evenly"
+    assert 128 % (config.engine.num_shards * config.engine.tensor_parallel_size) == 0, "experts spread evenly"
     assert config.model.max_model_len <= 40960
 
 
@@ -129,7 +130,7 @@ def test_large_experiments_build_vllm_arguments(experiment: str) -> None:
 
     config = compose([f"experiment={experiment}"])
     config.model.path = str(Path(__file__).parent.parent / "data" / "qwen3_235b")
-    for rank in (0, 63):
+    for rank in (0, config.engine.num_shards - 1):
         arguments = engine_args(
             config.model,
             config.engine,
@@ -138,7 +139,7 @@ def test_large_experiments_build_vllm_arguments(experiment: str) -> None:
             rendezvous=Rendezvous(host="127.0.0.1", rpc_port=12345),
             on_gpu=True,
         )
-        assert arguments.data_parallel_size == 64
+        assert arguments.data_parallel_size == config.engine.num_shards
         assert arguments.data_parallel_rank == rank
         assert arguments.enable_expert_parallel
         assert arguments.all2all_backend == config.engine.all2all_backend
