@@ -186,17 +186,19 @@ def time_steps(shard: Shard, contexts: list[int], batches: list[int], bandwidth:
         if kv_bytes + workspace_bytes(shard.config, size) > torch.cuda.mem_get_info()[0]:
             yield line
             continue
-        yield _time_step(shard, step, line, bandwidth)
+        yield time_step(shard, step, line, bandwidth)
 
 
-def _time_step(shard: Shard, step: DecodeStep, line: StepTime, bandwidth: float) -> StepTime:
-    generator = torch.Generator("cuda").manual_seed(0)
+def time_step(shard: Shard, step: DecodeStep, line: StepTime, bandwidth: float) -> StepTime:
+    """Return the line with its measurements; on the CPU, for tests, times are those of its implementations."""
+    device = shard.device.type
+    generator = torch.Generator(device).manual_seed(0)
     batch = random_batch(shard, line.batch, line.context, generator)
     result = step(batch)
     assert bool(result.logits.isfinite().all()), "logits: got NaN or infinite values, expected finite ones"
     num_bytes, pairs = read_bytes(shard, batch)
-    seconds = graph_time_s(lambda: step(batch), "cuda")
-    without = {part: graph_time_s(lambda: step(batch, skip=part), "cuda") for part in Part}  # noqa: B023
+    seconds = graph_time_s(lambda: step(batch), device)
+    without = {part: graph_time_s(lambda: step(batch, skip=part), device) for part in Part}  # noqa: B023
     return replace(
         line,
         step_ms=seconds * 1e3,

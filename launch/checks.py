@@ -53,6 +53,12 @@ def _room(config: RunConfig) -> None:
 
 def _accelerator(config: RunConfig) -> None:
     cluster, engine = config.cluster, config.engine
+    if engine.tensor_parallel_size != 1:
+        raise InvalidRequest(
+            "engine.tensor_parallel_size",
+            engine.tensor_parallel_size,
+            "1: weights are overwritten in place, which knows no slices of tensors (use more engine.num_shards)",
+        )
     if cluster.placement_strategy not in PLACEMENT_STRATEGIES:
         raise InvalidRequest(
             "cluster.placement_strategy", cluster.placement_strategy, f"one of {', '.join(PLACEMENT_STRATEGIES)}"
@@ -141,18 +147,9 @@ def _sync(config: RunConfig) -> None:
             False,
             f"true: sync.in_flight={sync.in_flight.value} never aborts, so it has no effect",
         )
-    if sync.recompute_kv:
-        return
-    if sync.in_flight is not InFlight.KEEP:
+    if not sync.recompute_kv and sync.in_flight is not InFlight.KEEP:
         raise InvalidRequest(
             "sync.recompute_kv", False, f"true: sync.in_flight={sync.in_flight.value} leaves no running KV to keep"
-        )
-    if config.engine.enable_prefix_caching:
-        raise InvalidRequest(
-            "sync.recompute_kv",
-            False,
-            "engine.enable_prefix_caching=false with it: "
-            "a prefix cache would serve KV of the old weights to new requests",
         )
 
 

@@ -29,9 +29,9 @@ def random_packed(*shape: int, group_size: int, seed: int = 0) -> Packed:
 
 
 def poison_empty(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
-    """Fill what torch.empty allocates, and as much again as a row behind it, with NaN or numbers out of range.
+    """Fill what torch.empty allocates, and at least a row's length behind it, with NaN or numbers out of range.
 
-    A slot never written cannot pass then. Returns what lies behind the tensors, for ``assert_intact``.
+    A slot that is never written cannot pass then. Returns what lies behind the tensors, for ``assert_intact``.
     """
     empty = torch.empty
     behind: list[torch.Tensor] = []

@@ -7,7 +7,17 @@ import sys
 import pytest
 import torch
 
-from kernels.bench_shard import CHECK_CONFIG, UNIT, check_step, exchange_bytes, memory_by_part, read_bytes
+from kernels.bench_shard import (
+    CHECK_CONFIG,
+    UNIT,
+    StepTime,
+    check_step,
+    exchange_bytes,
+    format_line,
+    memory_by_part,
+    read_bytes,
+    time_step,
+)
 from kernels.shard_model import QWEN3_235B_A22B, DecodeStep, Part, random_batch, random_shard
 from kernels.shard_reference import step_errors
 
@@ -60,6 +70,17 @@ def test_read_bytes_count_experts_that_were_chosen() -> None:
     more, pairs = read_bytes(shard, batch)
     one_expert = 3 * TINY.hidden * TINY.expert_width * (0.5 + 2 / TINY.group_size)
     assert (more - fewer, none, pairs) == (one_expert, 0, 3 * TINY.ep * TINY.experts_per_token / TINY.num_layers)
+
+
+def test_a_line_is_measured_and_printed() -> None:
+    shard = random_shard(TINY, device="cpu", dtype=torch.float32, generator=torch.Generator().manual_seed(0))
+    line = StepTime(batch=3, context=37, kv_bytes=TINY.kv_bytes(3, 37), exchange=exchange_bytes(TINY, 3))
+    assert "does not fit" in format_line(line)
+    measured = time_step(shard, DecodeStep(shard), line, 1e9)
+    assert measured.step_ms and measured.tokens_per_s and measured.read_bytes
+    assert measured.tokens_per_s == pytest.approx(3e3 / measured.step_ms)
+    assert measured.memcpy_share == pytest.approx(measured.read_bytes / (measured.step_ms * 1e-3) / 1e9)
+    assert "does not fit" not in format_line(measured)
 
 
 def test_memory_of_the_whole_shard() -> None:

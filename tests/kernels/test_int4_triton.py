@@ -89,7 +89,7 @@ def test_bytes_are_the_references(
 
 
 @pytest.mark.parametrize("group_size", GROUP_SIZES)
-def test_bytes_at_tile_edges_and_extremes(group_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bytes_at_tile_edges_and_extremes(group_size: int) -> None:
     generator = torch.Generator().manual_seed(group_size)
     for num_groups in (4096 // group_size + edge for edge in (-1, 0, 1)):
         weight = torch.randn(1, num_groups * group_size, generator=generator)
@@ -130,13 +130,13 @@ def check_linear(num_rows: int, num_out: int, num_in: int, group_size: int, *, h
 
 @pytest.mark.parametrize("num_rows", [1, 15, 16, 17, 32, 33, 64, 65, 128, 129, 256, 257])
 @pytest.mark.parametrize("group_size", [32, 128])
-def test_linear_at_token_edges(num_rows: int, group_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_linear_at_token_edges(num_rows: int, group_size: int) -> None:
     check_linear(num_rows, 65, 256, group_size, has_bias=num_rows % 2 == 1)
 
 
 @pytest.mark.parametrize("num_out", [1, 63, 64, 65, 127, 128, 129])
 @pytest.mark.parametrize("num_rows", [3, 70])
-def test_linear_at_feature_edges(num_rows: int, num_out: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_linear_at_feature_edges(num_rows: int, num_out: int) -> None:
     check_linear(num_rows, num_out, 128, 64, has_bias=False)
 
 
@@ -234,13 +234,13 @@ def check_moe(
     # Each tile shape, with 3 experts and 2 choices.
     [(0, 32), (1, 32), (1, 64), (5, 128), (24, 32), (25, 128), (49, 64), (97, 32), (193, 128)],
 )
-def test_experts(num_tokens: int, group_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_experts(num_tokens: int, group_size: int) -> None:
     check_moe(num_tokens, 2 * group_size, group_size, group_size, None, num_experts=3)
 
 
 @pytest.mark.parametrize(("hidden", "width"), [(32, 32), (96, 160), (224, 96)])
 @pytest.mark.parametrize("num_tokens", [6, 70])
-def test_experts_at_feature_edges(hidden: int, width: int, num_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_experts_at_feature_edges(hidden: int, width: int, num_tokens: int) -> None:
     check_moe(num_tokens, hidden, width, 32, torch.tensor([-1, 0, -1, 1]), num_experts=2)
 
 

@@ -72,7 +72,6 @@ def test_overrides_reach_their_fields() -> None:
         ("engine.omp_threads_bind=0", "2 core lists"),
         ("sync.transport=nccl", "shared_memory"),
         ("sync.partial_rollout=false", "no effect"),
-        ("sync.recompute_kv=false", "prefix"),
         ("scheduler.chunk_tokens=512", "never cuts"),
         ("trainer.kl_coef=0.1", "reference"),
         ("workload.reward=none", "reward"),
@@ -82,6 +81,10 @@ def test_overrides_reach_their_fields() -> None:
         ("engine.kv_cache_bytes=0", "kv_cache_bytes"),
         ("trainer.zero_stage=0", "1, 2 or 3"),
         ("trainer.tis_cap=0", "tis_cap"),
+        ("engine.int4.group_size=48", "32, 64 or 128"),
+        ("engine.quantization=int3", "int4"),
+        ("engine.dtype=int8", "float32, bfloat16"),
+        ("engine.tensor_parallel_size=2", "in place"),
     ],
 )
 def test_a_mistake_is_named(override: str, said: str) -> None:
