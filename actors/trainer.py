@@ -27,7 +27,7 @@ from actors.trainer_model import (
     join_group,
     open_store,
     restore_rotary_frequencies,
-    use_one_thread_on_cpu,
+    share_the_cpu,
 )
 from actors.trainer_replay import RouterReplay, fetch_recorded
 from actors.trainer_rescore import Rescorer, ServedWeights
@@ -89,7 +89,7 @@ class TrainerRank:
         encoding: ServedEncoding,
         kv_cache_dtype: str = "auto",
     ) -> None:
-        use_one_thread_on_cpu(config)
+        share_the_cpu(config)
         self._rank, self._model, self._config, self._sync = rank, model, config, sync
         self._temperature, self._controller, self._checkpoints = temperature, controller, checkpoints
         self._encoding, self._kv_cache_dtype = encoding, kv_cache_dtype

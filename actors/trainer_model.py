@@ -26,11 +26,14 @@ from rollout.fleet import Rendezvous
 from rollout.sync.checkpoint_names import checkpoint_files, checkpoint_specs, split_parameter
 from rollout.sync.manifest import torch_dtype
 
+NICENESS = 5  # a rank encodes and sends weights while the engines decode
 
-def use_one_thread_on_cpu(config: TrainerConfig) -> None:
-    """One thread a CPU rank: ranks share the cores, and sums then have one order."""
+
+def share_the_cpu(config: TrainerConfig) -> None:
+    """One thread a CPU rank, so that sums have one order, behind the engines' steps, with which it shares the cores."""
     if config.num_gpus_per_rank == 0:
         torch.set_num_threads(1)
+        os.setpriority(os.PRIO_PROCESS, 0, NICENESS)
 
 
 def open_store(rank: int, num_ranks: int, host: str, timeout_s: float) -> dist.TCPStore:

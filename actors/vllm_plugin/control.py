@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import secrets
+import sys
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +24,7 @@ from rollout.errors import EngineDead, LongrollError
 logger = logging.getLogger(__name__)
 KEY_BYTES = 32
 MAX_CALLS = 8  # at once to one worker; more wait
+NICENESS = 10  # of the threads that serve: on a CPU they share a core with the forward, which comes first
 
 
 class ControlServer:
@@ -52,6 +55,8 @@ class ControlServer:
             threading.Thread(target=self._serve, args=(connection,), name="longroll-control", daemon=True).start()
 
     def _serve(self, connection: Connection) -> None:
+        if sys.platform == "linux":  # where a thread has a priority of its own
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
         with connection:
             while True:
                 try:

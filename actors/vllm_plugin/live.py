@@ -79,7 +79,7 @@ class LiveWeight:
                 yield plan.name, int4_rows(packed[rows], scale[rows])
             else:
                 plain = self.live[0] if store is None else store.initial(self.slot.expert)
-                yield plan.name, encode(plain[rows], plan).cpu()
+                yield plan.name, encode(plain[rows].clone(), plan).cpu()  # encode may return a view
 
 
 def live_weights(model: torch.nn.Module, plans: Mapping[str, TensorPlan]) -> list[LiveWeight]:

@@ -30,6 +30,7 @@ from vllm.model_executor.model_loader.reload.layerwise import initialize_online_
 from vllm.model_executor.parameter import ModelWeightParameter
 from vllm.model_executor.utils import set_weight_attrs
 from vllm.platforms import current_platform
+from vllm.utils.torch_utils import direct_register_custom_op
 
 from actors.vllm_plugin import QUANTIZATIONS
 from actors.vllm_plugin.moe import experts_method
@@ -48,6 +49,30 @@ def source_modules(prefix: str, packed_modules: dict[str, list[str]]) -> tuple[s
     parent, dot, leaf = prefix.rpartition(".")
     parts: Sequence[str] = packed_modules.get(leaf) or FUSED.get(leaf) or (leaf,)
     return tuple(f"{parent}{dot}{part}" for part in parts)
+
+
+def _linear_op(
+    x: torch.Tensor, first: torch.Tensor, second: torch.Tensor, group_size: int, bias: torch.Tensor | None
+) -> torch.Tensor:
+    return int4_linear(x, (first, second), group_size, bias)
+
+
+def _linear_shape(
+    x: torch.Tensor, first: torch.Tensor, second: torch.Tensor, group_size: int, bias: torch.Tensor | None
+) -> torch.Tensor:
+    return x.new_empty(x.shape[0], first.shape[0])
+
+
+# One opaque operation for torch.compile, which could not look into the launch of a kernel.
+direct_register_custom_op(op_name="longroll_int4_linear", op_func=_linear_op, fake_impl=_linear_shape)
+
+
+def multiply(x: torch.Tensor, store: Int4Store, bias: torch.Tensor | None) -> torch.Tensor:
+    """x [M, K] @ W^T + bias for the INT4 matrix of a store."""
+    if x.is_cuda:
+        product: torch.Tensor = torch.ops.vllm.longroll_int4_linear(x, *store.form, store.group_size, bias)
+        return product
+    return int4_linear(x, store.form, store.group_size, bias)
 
 
 class _LiveConfig(QuantizationConfig):
@@ -174,7 +199,7 @@ class Int4LinearMethod(LinearMethodBase):
             layer.longroll_weight = Int4Store(layer, "weight", self._group_size, layer.longroll_dtype)
 
     def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        return int4_linear(x, layer.longroll_weight.form, self._group_size, bias)
+        return multiply(x, layer.longroll_weight, bias)
 
     def slots(self, layer: torch.nn.Module) -> Iterator[Slot]:
         yield stored_slot(_names(layer, "weight"), layer.longroll_weight)
@@ -249,7 +274,7 @@ class Int4EmbeddingMethod(QuantizeMethodBase):
         return dequantise(packed[input_], scale[input_], layer.longroll_dtype)
 
     def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        return int4_linear(x, layer.longroll_weight.form, self._group_size, bias)
+        return multiply(x, layer.longroll_weight, bias)
 
     def tie_weights(self, layer: torch.nn.Module, embed_tokens: torch.nn.Module) -> torch.nn.Module:
         return _tie(embed_tokens)

@@ -17,11 +17,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from actors.service import Service, start_service
 from kernels.gumbel_sample import gumbel_noise, truncation_threshold
 from rollout.client import RolloutClient
-from rollout.config import ClusterConfig, EngineConfig, ModelConfig, SchedulerConfig, SyncConfig
+from rollout.config import ClusterConfig, EngineConfig, Int4Config, ModelConfig, SchedulerConfig, SyncConfig
 from rollout.types import Trajectory
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TINY = REPOSITORY / "models" / "tiny"
+QUANTISED_GROUP_SIZE = 64
 NEAR_TIE = 1e-3  # two candidates closer than this may swap: float32 logits of other batch shapes differ by less
 
 
@@ -48,6 +49,22 @@ def service(ray_cluster: None) -> Iterator[Service]:
         scheduler=SchedulerConfig(),
         sync=SyncConfig(bucket_bytes=2**20),
         cluster=ClusterConfig(namespace="tests"),
+    )
+    yield running
+    running.stop()
+
+
+@pytest.fixture(scope="session")
+def quantised_service(ray_cluster: None) -> Iterator[Service]:
+    """The same with INT4 weights, computing in bfloat16."""
+    running = start_service(
+        model=ModelConfig(path=str(TINY)),
+        engine=EngineConfig(
+            num_shards=2, dtype="bfloat16", quantization="int4", int4=Int4Config(group_size=QUANTISED_GROUP_SIZE)
+        ),
+        scheduler=SchedulerConfig(),
+        sync=SyncConfig(bucket_bytes=2**20),
+        cluster=ClusterConfig(namespace="tests-quantised"),
     )
     yield running
     running.stop()

@@ -40,6 +40,7 @@ class ShadowController:
         self.buckets: list[BucketRef] = []
         self.snapshot: tuple[BucketRef, ...] = ()
         self._version: int | None = None
+        self._end_reason = ""
         self._attempt = 0
         self._expected: set = set()
         self._lock = threading.Lock()
@@ -76,7 +77,7 @@ class ShadowController:
 
     def _stage(self, ref: BucketRef, payload: torch.Tensor | None) -> None:
         if (ref.version, ref.attempt) != (self._version, self._attempt):
-            raise SyncRefused(f"{ref}: it was abandoned")
+            raise SyncRefused(f"{ref}: its publication is over: {self._end_reason}")
         self.calls.append("stage")
         try:
             if self.fault is not None and self.fault[:2] == (ref.sender, ref.index):
@@ -87,8 +88,8 @@ class ShadowController:
             assert pieces <= self._expected, "only what was announced may come"
             self._expected -= pieces
             self.shadow.stage(ref, segments.map(ref) if payload is None else payload)
-        except Exception:
-            self._version = None
+        except Exception as fault:
+            self._version, self._end_reason = None, str(fault)
             self.shadow.drop()
             raise
         self.buckets.append(ref)
@@ -118,7 +119,7 @@ class ShadowController:
     def abandon_publish(self, version: int) -> None:
         self.calls.append("abandon")
         if version == self._version:
-            self._version = None
+            self._version, self._end_reason = None, "its sender abandoned it"
             self.shadow.drop()
 
     def set_fault(self, fault: tuple[int, int, str] | None) -> None:

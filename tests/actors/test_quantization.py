@@ -255,13 +255,10 @@ def test_the_live_weights_are_all_of_the_checkpoint(found: dict, name: str) -> N
 @pytest.mark.engine
 @pytest.mark.parametrize("name", FLOAT32)
 def test_engines_compute_with_the_values_of_the_rows_before_and_after_the_exchange(found: dict, name: str) -> None:
-    """float32 sums of other orders differ by less than 1e-3 in log-probabilities of up to 30.
-
-    One wrong nibble in a matrix of [128, 128] shifts an output by a seventh of its group's largest weight.
-    """
+    """One ulp of a logit of size 32 is 4e-6; float32 sums over 3 layers in other orders stay below 50 of them."""
     case, plans = found[name], plans_of(found[name])
     for rows, samples in (("rows", "before"), ("new_rows", "after")):
-        assert_samples_are_those_of(reference(case["model"], dense(case[rows], plans)), case[samples], 1e-3)
+        assert_samples_are_those_of(reference(case["model"], dense(case[rows], plans)), case[samples], 2e-4)
     assert [s["tokens"] for s in case["before"]] != [s["tokens"] for s in case["after"]]
 
 

@@ -274,6 +274,7 @@ def test_two_updates_equal_two_plain_torch_steps_and_the_second_is_clipped(two_u
 def reconfigure(group: TrainerGroup, config: TrainerConfig) -> None:
     """Options of the loss, changed in place: a new group would cost seconds."""
     group._config = config
+    group._knobs = replace(group._knobs, tis_cap=config.tis_cap if config.use_tis else None)
     ray.get([rank.__ray_call__.remote(lambda self: setattr(self, "_config", config)) for rank in group._ranks])
 
 
