@@ -4,8 +4,9 @@ Owns the arithmetic; ``plan.py`` owns which rows meet which chunks of the cache.
 
 A tile's chunks are computed under one maximum within a superchunk, then superchunk by superchunk as online softmax
 does (Milakov and Gimelshein, 2018; Dao, FlashAttention-2, 2023). An output row is the same bits in any batch
-wherever the BLAS computes each matrix of a batched product alone, as MKL does on one thread. A row's bits do
-depend on its tile's height: one token decoded and the same token in a longer prefill agree to float32 rounding.
+and however its sequence is cut into steps, wherever the BLAS computes each row of a product alone, as MKL does on
+one thread from 4 rows on (see ``plan.py``). This matters beyond rounding: what a layer computes is quantised in the
+next one's cache, where a last bit becomes a whole code.
 """
 
 import math

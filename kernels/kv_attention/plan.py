@@ -3,13 +3,14 @@
 Owns the cutting; knows lengths and the block table alone, no layer and no element, so one plan serves all layers
 of a step. ``cpu.py`` computes by it.
 
-The queries of each sequence are cut into tiles of one height (1 row for decoding; see ``_TILE_HEIGHTS``), the
+The queries of each sequence are cut into tiles of one height (see ``_TILE_HEIGHTS``), the
 context into chunks of a fixed number of tokens. Each (tile, chunk) pair is one matrix of a batched product, so
 any mixture of lengths wastes less than a chunk for each tile. A tile merges its chunks in their order, superchunk
 by superchunk. Neither the matrices' shapes nor the order of a tile's sums depend on other sequences or on the
 padding of the block table.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -17,8 +18,12 @@ import torch
 
 from kernels.kv_attention.cache import KVCache, check_lengths
 
-_TILE_HEIGHTS = (1, 16, 64)
-"""A sequence's rows are cut into tiles of the smallest height that holds them all, or of the largest."""
+_TILE_HEIGHTS = (16, 64)
+"""A sequence's rows are cut into tiles of the smallest height that holds them all, or of the largest. Before these
+comes the least height that gives a matrix ``_MIN_MATRIX_ROWS`` rows."""
+_MIN_MATRIX_ROWS = 4
+"""Rows of a product at least. MKL computes fewer by other kernels, which round otherwise; from 4 rows on a row's
+bits do not depend on how many there are, so that decoding a token gives what prefilling it gives."""
 _CHUNK_TOKENS = 128
 """Tokens of a chunk, rounded to whole blocks."""
 _SUPERCHUNK = 8
@@ -112,7 +117,8 @@ def plan_attention(
     num_blocks_per_chunk = max(1, _CHUNK_TOKENS // cache.block_size)
     groups = []
     shorter = 0
-    for height in _TILE_HEIGHTS:
+    smallest = math.ceil(_MIN_MATRIX_ROWS * cache.num_kv_heads / num_query_heads)
+    for height in (smallest, *_TILE_HEIGHTS):
         is_last = height == _TILE_HEIGHTS[-1]
         sequences = ((query_lens > shorter) & ((query_lens <= height) | is_last)).nonzero().squeeze(1)
         shorter = height
