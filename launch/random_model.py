@@ -13,15 +13,15 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 SEED = 0
 CONFIG = Qwen3MoeConfig(
-    vocab_size=8192,
-    hidden_size=1024,
+    vocab_size=1024,
+    hidden_size=2048,
     intermediate_size=2048,
-    moe_intermediate_size=768,
-    num_hidden_layers=6,
+    moe_intermediate_size=1024,
+    num_hidden_layers=5,
     num_attention_heads=16,
     num_key_value_heads=4,
     head_dim=64,
-    num_experts=12,
+    num_experts=8,
     num_experts_per_tok=2,
     max_position_embeddings=4096,
     tie_word_embeddings=False,

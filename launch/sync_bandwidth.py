@@ -22,9 +22,8 @@ from rollout.config import RunConfig
 from rollout.sync import segments
 from rollout.sync.checkpoint_names import checkpoint_files
 from rollout.sync.encoding import TensorPlan, encode
-from rollout.sync.manifest import BucketRef, Piece, digest
+from rollout.sync.manifest import Piece
 
-BUCKET_BYTES = 16 * 2**20
 TIMEOUT_S = 300.0
 
 
@@ -34,8 +33,8 @@ class Bandwidth:
 
     Attributes:
         num_parameters, num_bytes: Of the model, and of its encoded rows.
-        transfer_s: From encoded rows in the sender to shadows whose digests have been checked, in all shards;
-            the sender's own digests are in it.
+        transfer_s: From buckets sealed in the sender (a sender hashes rows as it encodes them) to shadows whose
+            digests have been checked, in all shards; calls through the controller are in it.
         memcpy_s: torch's copy of the same number of bytes, one thread.
     """
 
@@ -50,12 +49,12 @@ class Bandwidth:
         return statistics.median(m / t for m, t in zip(self.memcpy_s, self.transfer_s, strict=True))
 
 
-def whole_shares(plans: dict[str, TensorPlan]) -> list[list[Share]]:
-    """Every tensor whole, in buckets."""
+def whole_shares(plans: dict[str, TensorPlan], bucket_bytes: int) -> list[list[Share]]:
+    """Every tensor whole, in buckets of at most so many bytes."""
     buckets: list[list[Share]] = [[]]
     size = 0
     for plan in plans.values():
-        if buckets[-1] and size + plan.num_bytes > BUCKET_BYTES:
+        if buckets[-1] and size + plan.num_bytes > bucket_bytes:
             buckets.append([])
             size = 0
         piece = Piece(name=plan.name, first_row=0, num_rows=plan.num_rows)
@@ -80,18 +79,12 @@ def encoded(directory: Path, plans: dict[str, TensorPlan], buckets: list[list[Sh
 
 
 def transfer(service: Service, kept: KeptRows, pieces: list[tuple[int, Piece]]) -> float:
-    """Send everything once and give it up again. Returns seconds, digests included."""
+    """Send everything once and give it up again. Returns seconds."""
     receiver = ControllerReceiver(service.controller, TIMEOUT_S)
     attempt = receiver.begin(1, None, pieces)
     began = time.perf_counter()
-
-    def sealed(ref: BucketRef, index: int) -> Outgoing:
-        entries = tuple(
-            replace(entry, digest=digest(rows)) for entry, rows in zip(ref.entries, kept.rows(index), strict=True)
-        )
-        return Outgoing(ref=replace(ref, attempt=attempt, entries=entries), payload=torch.empty(0), is_kept=True)
-
-    fault = shared_memory_transport(receiver).send(sealed(ref, i) for i, ref in enumerate(kept.refs))
+    buckets = (Outgoing(ref=replace(ref, attempt=attempt), payload=torch.empty(0), is_kept=True) for ref in kept.refs)
+    fault = shared_memory_transport(receiver).send(buckets)
     took = time.perf_counter() - began
     if fault is not None:
         raise fault.error
@@ -116,7 +109,7 @@ def bandwidth(config: RunConfig, repeats: int) -> Bandwidth:
         config.model.path, config.model.max_model_len = directory, 1024
         plans = served_plans(config.model, config.engine)
         with start_service(config.model, config.engine, config.scheduler, config.sync, config.cluster) as service:
-            buckets = whole_shares(plans)
+            buckets = whole_shares(plans, config.sync.bucket_bytes)
             kept = encoded(Path(directory), plans, buckets)
             pieces = [(0, share.piece) for bucket in buckets for share in bucket]
             num_bytes = sum(plan.num_bytes for plan in plans.values())

@@ -169,7 +169,7 @@ class SyncConfig:
     in_flight: InFlight = InFlight.KEEP  # running generations: finish first, abort, or go on under the new weights
     partial_rollout: bool = True  # after an abort, keep the tokens so far and continue under the new version
     recompute_kv: bool = True  # keep mode: re-prefill running sequences under the new weights
-    bucket_bytes: int = 64 * 2**20  # most encoded bytes in one message; bounds memory in transit everywhere
+    bucket_bytes: int = 256 * 2**20  # most encoded bytes in one message; four of each sender are in transit at most
     # shared_memory (one host, CPU or GPU), object_store (Ray's; any hosts, CPU or GPU) or nccl (broadcasts between
     # GPUs of any hosts; not run so far)
     transport: str = "shared_memory"
@@ -352,6 +352,28 @@ class MonitorConfig:
             raise InvalidRequest("monitor.wandb_mode", self.wandb_mode, "online, offline or disabled")
         if self.progress not in ("auto", "rich", "plain", "off"):
             raise InvalidRequest("monitor.progress", self.progress, "auto, rich, plain or off")
+
+
+@dataclass(kw_only=True)
+class JournalConfig:
+    """The durable store of rollouts."""
+
+    # sqlite:///relative/path, sqlite:////absolute/path or postgresql://…; None = in memory: the same calls, but nothing
+    # survives the controller. A SQLite file must be on a local disk of the controller's node.
+    dsn: str | None = None
+    group_commit_ms: float = 5.0  # how long a write waits for others to share its transaction with
+    synchronous: str = "full"  # full = survives a power cut; normal = survives the death of the process only
+    retention_s: float = 86_400.0  # tokens of an acknowledged group are kept for so long, for export and replay
+    owner_wait_s: float = 5.0  # longest wait at start for a previous owner that is on its way out
+    check_on_open: bool = True  # look through a SQLite file for damage at start (about a second for each GB)
+
+    def __post_init__(self) -> None:
+        _positive("journal", retention_s=self.retention_s)
+        if self.group_commit_ms < 0 or self.owner_wait_s < 0:
+            got = f"{self.group_commit_ms}, {self.owner_wait_s}"
+            raise InvalidRequest("journal.group_commit_ms, owner_wait_s", got, "numbers ≥ 0")
+        if self.synchronous not in ("full", "normal"):
+            raise InvalidRequest("journal.synchronous", self.synchronous, "full or normal")
 
 
 @dataclass(kw_only=True)

@@ -19,10 +19,10 @@ from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from actors.vllm_plugin.live import LiveWeight, live_weights, take_initial_rows
 from actors.vllm_plugin.versioned import WeightGate
 from rollout.memory import EXPERT_PART
-from rollout.sync import segments
 from rollout.sync.encoding import TensorPlan
 from rollout.sync.manifest import BucketRef
 from rollout.sync.participant import Participant
+from rollout.sync.segments import Segment
 from rollout.sync.shadow import Shadow
 
 
@@ -54,9 +54,9 @@ class WorkerStore:
         self._next: list[tuple[LiveWeight, tuple[torch.Tensor, ...]]] = []
 
     def begin(self, base: int | None) -> None:
-        """Nothing to make room for: the shadow is written in place."""
+        self._shadow.begin(base)
 
-    def stage(self, ref: BucketRef, payload: torch.Tensor) -> None:
+    def stage(self, ref: BucketRef, payload: torch.Tensor | Segment) -> None:
         self._shadow.stage(ref, payload)
 
     def missing(self) -> list[str]:
@@ -117,10 +117,9 @@ class WeightDesk:
             self._participant.begin(attempt, version, base)
 
     def stage(self, ref: BucketRef, payload: torch.Tensor | None = None) -> None:
-        if payload is None:
-            payload = segments.map(ref)
+        found = Segment(ref) if payload is None else payload
         with self._messages:
-            self._participant.stage(ref, payload)
+            self._participant.stage(ref, found)
 
     def verify(self, attempt: int) -> str:
         with self._messages:

@@ -29,6 +29,7 @@ import torch
 
 from rollout.errors import EngineDead, SyncRefused
 from rollout.sync.manifest import BucketRef, some_of
+from rollout.sync.segments import Segment
 
 
 class Store(Protocol):
@@ -37,7 +38,7 @@ class Store(Protocol):
     def begin(self, base: int | None) -> None:
         """A version is going to be staged, as changes against `base`, or in full. May refuse."""
 
-    def stage(self, ref: BucketRef, payload: torch.Tensor) -> None:
+    def stage(self, ref: BucketRef, payload: torch.Tensor | Segment) -> None:
         """Take in a bucket beside the live weights. Raises SyncRefused."""
 
     def missing(self) -> list[str]:
@@ -130,7 +131,7 @@ class Participant:
         """Whether this very bucket was taken in already, so that its payload need not be opened again."""
         return self._is_open(ref.attempt) and self._staged.get((ref.sender, ref.index)) == ref
 
-    def stage(self, ref: BucketRef, payload: torch.Tensor) -> None:
+    def stage(self, ref: BucketRef, payload: torch.Tensor | Segment) -> None:
         """Take in a bucket; the same one again is harmless.
 
         Raises:

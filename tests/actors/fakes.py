@@ -32,7 +32,7 @@ class ShadowStore:
         self.shadow = Shadow(plans, rows, version)
 
     def begin(self, base):
-        pass
+        self.shadow.begin(base)
 
     def stage(self, ref, payload):
         self.shadow.stage(ref, payload)

@@ -44,7 +44,7 @@ class LiveWeights:
         self._prepared: dict[str, torch.Tensor] = {}
 
     def begin(self, base: int | None) -> None:
-        pass
+        self.shadow.begin(base)
 
     def stage(self, ref: BucketRef, payload: torch.Tensor) -> None:
         self.shadow.stage(ref, payload)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from dataclasses import replace
 
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rollout.errors import SyncRefused
+from rollout.sync import segments
 from rollout.sync.delta import compare, pack_bucket
 from rollout.sync.encoding import Encoding, TensorPlan
 from rollout.sync.manifest import BucketRef, Piece
@@ -66,20 +68,57 @@ def test_any_cut_in_any_order_makes_the_new_version_and_is_undone(seed, cuts, is
     pieces += [Piece(name="packed", first_row=first, num_rows=end - first) for first, end in edges]
     random.shuffle(pieces)
     shadow = shadow_of(old, version=1)
+    shadow.begin(1 if is_delta else None)
     for index, piece in enumerate(pieces):
         if piece.name in HELD:
             assert shadow.missing() != []
         shadow.stage(*bucket(new, [piece], old if is_delta else None, index=index))
     assert shadow.missing() == [] and is_at(shadow, new)
-    assert shadow.changed == {name for name in HELD if not torch.equal(old[name], new[name])}
-    for name in HELD:
-        differing = (old[name] != new[name]).any(dim=1).nonzero().flatten()
-        assert shadow.changed_rows(name).tolist() == differing.tolist()
-    assert sum(before.rows.numel() for _, before in shadow._undo) <= sum(
-        int((old[name] != new[name]).any(dim=1).sum()) * PLANS[name].row_bytes for name in HELD
-    ), "more rows were kept than changed"
+    differing = {name for name in HELD if not torch.equal(old[name], new[name])}
+    assert shadow.changed == (differing if is_delta else set(HELD))
+    num_undo_bytes = sum(before.rows.numel() for _, before in shadow._undo)
+    most = sum(int((old[name] != new[name]).any(dim=1).sum()) * PLANS[name].row_bytes for name in HELD)
+    assert num_undo_bytes <= most * is_delta, "more rows were kept than changed"
     shadow.drop()
-    assert is_at(shadow, old) and shadow.version == 1 and shadow.missing() != [] and not shadow.changed
+    assert shadow.missing() != [] and not shadow.changed
+    if is_delta:
+        assert is_at(shadow, old) and shadow.version == 1
+        return
+    assert shadow.version is None
+    with pytest.raises(SyncRefused, match="expected nothing whole"):
+        shadow.begin(1)
+    shadow.begin(None)
+    shadow.stage(*bucket(old, [whole("plain"), whole("packed")], None, attempt=2))
+    shadow.commit(3)
+    assert is_at(shadow, old) and shadow.version == 3
+
+
+@pytest.mark.parametrize("num_bytes", [1, 2**18, 2**18 + 1, 3 * 2**18])
+def test_a_payload_in_shared_memory_is_written_block_by_block(num_bytes) -> None:
+    plan = TensorPlan(name="t", shape=(num_bytes,), encoding=Encoding.PLAIN, row_elements=1, dtype="uint8")
+    rows = torch.randint(0, 256, (num_bytes, 1), dtype=torch.uint8)
+    piece = Piece(name="t", first_row=0, num_rows=num_bytes)
+    names = {"version": 1, "attempt": 1, "base": None, "sender": 0, "index": 0}
+    ref, _ = pack_bucket([compare(piece, rows, None)], allocate=segments.create, **names)
+    shadow = Shadow({"t": plan}, {"t": torch.zeros_like(rows)}, 0)
+    try:
+        opened = segments.Segment(ref)
+        shadow.stage(ref, opened)
+        assert torch.equal(shadow.rows("t"), rows)
+        shadow.drop()
+        os.truncate(segments.SHARED_MEMORY / ref.segment, num_bytes - 1)
+        with pytest.raises(SyncRefused, match="fewer bytes"):
+            shadow.stage(ref, opened)
+    finally:
+        segments.unlink(ref)
+
+
+def test_a_full_version_with_a_mask_is_refused() -> None:
+    old, new = random_rows(0), random_rows(1)
+    new["packed"][:30] = old["packed"][:30]
+    ref, payload = bucket(new, [whole("packed")], old)
+    with pytest.raises(SyncRefused, match="expected all 32"):
+        shadow_of(old, version=1).stage(replace(ref, base=None), payload)
 
 
 def test_a_committed_version_is_the_base_of_the_next() -> None:
@@ -87,6 +126,7 @@ def test_a_committed_version_is_the_base_of_the_next() -> None:
     shadow = shadow_of(first, version=1)
     shadow.stage(*bucket(second, [whole("packed"), whole("plain")], first))
     shadow.commit(2)
+    shadow.begin(2)
     shadow.drop()
     assert is_at(shadow, second) and shadow.version == 2 and shadow.missing() != []
     with pytest.raises(SyncRefused, match="delta against version 1, expected 2"):
@@ -105,7 +145,7 @@ def test_a_wrong_byte_is_found_by_the_digest_and_undone() -> None:
         with pytest.raises(SyncRefused, match="plain rows 0…10: got digest"):
             shadow.stage(ref, payload)
         shadow.drop()
-        assert is_at(shadow, old)
+        assert is_at(shadow, old) if is_delta else shadow.version is None
 
 
 def test_a_delta_on_other_bytes_is_found_by_the_digest_of_all_rows() -> None:
