@@ -1,10 +1,10 @@
 """The controller: one async Ray actor between clients, shards and reward workers.
 
-    submit ─► Scheduler ─► shard.generate ─► Scheduler ─► RewardPool ─► Scheduler ─► Ledger ─► next_groups
+    submit ─► Scheduler ─► shard.generate ─► journal ─► Scheduler ─► RewardPool ─► journal ─► Ledger ─► next_groups
 
 Owns the event loop in which these meet, and the background tasks. What happens to a trajectory is
-decided in `rollout.scheduler`, who is owed what in its ledger, and how weights flip in
-`actors.publications`.
+decided in `rollout.scheduler`, who is owed what in its ledger, what is durable in
+`actors.journal_keeper`, and how weights flip in `actors.publications`.
 """
 
 from __future__ import annotations
@@ -16,25 +16,28 @@ import uuid
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any
 
+from actors.journal_keeper import JournalKeeper
 from actors.publications import Publications
 from actors.receivers import answer
 from actors.rewards import RewardPool, RewardTimeout
-from rollout.config import InFlight, ModelConfig, SchedulerConfig, SyncConfig
-from rollout.errors import EngineDead, InvalidRequest, RewardFailed
+from rollout.config import InFlight, JournalConfig, ModelConfig, OnStale, SchedulerConfig, SyncConfig
+from rollout.errors import EngineDead, InvalidRequest, RewardFailed, SyncRefused
 from rollout.fleet import Rendezvous, ServiceStats, ShardInfo, ShardStats, SyncReport
 from rollout.handles import Delivery, Progress, RolloutHandle
 from rollout.rate import RateWindow
+from rollout.scheduler.jobs import ShardCapacity
 from rollout.scheduler.ledger import Ledger
-from rollout.scheduler.records import Dispatch, FailureKind, ScoreJob
+from rollout.scheduler.records import Dispatch, FailureKind, FinishedGroup, ScoreJob
 from rollout.scheduler.scheduler import Scheduler
 from rollout.sync.encoding import TensorPlan
 from rollout.sync.manifest import BucketRef, Piece
-from rollout.types import ModelLimits, RolloutRequest
+from rollout.types import ChunkResult, ModelLimits, RolloutRequest
 
 logger = logging.getLogger(__name__)
 HOUSEKEEPING_S = 1.0
 RATE_WINDOW_S = 10.0
 STATS_TIMEOUT_S = 5.0
+STALE_POLL_S = 0.2
 
 
 class Controller:
@@ -48,6 +51,8 @@ class Controller:
         infos: What they said about themselves, in the same order.
         plans: Every tensor of the model and how it is served, for the check of publications.
         initial_version: Version of the weights that the shards loaded.
+        journal: Where rollouts are made durable.
+        engine_wait_s: How long trajectories wait for an engine when none is alive.
     """
 
     def __init__(
@@ -59,6 +64,8 @@ class Controller:
         infos: Sequence[ShardInfo],
         plans: Mapping[str, TensorPlan],
         initial_version: int = 0,
+        journal: JournalConfig | None = None,
+        engine_wait_s: float = 0.0,
     ) -> None:
         self._config, self._sync, self._plans = config, sync, dict(plans)
         self._shards = {info.rank: shard for info, shard in zip(infos, shards, strict=True)}
@@ -66,7 +73,16 @@ class Controller:
         self._limits = ModelLimits(
             vocab_size=min(info.vocab_size for info in infos), max_model_len=min(info.max_model_len for info in infos)
         )
-        self._scheduler = Scheduler(config, self._limits, sorted(self._shards), partial_rollout=sync.partial_rollout)
+        self._capacities = {info.rank: _capacity(info, config) for info in infos}
+        self._scheduler = Scheduler(
+            config,
+            self._limits,
+            self._capacities,
+            partial_rollout=sync.partial_rollout,
+            engine_wait_s=engine_wait_s,
+            version=initial_version,
+        )
+        self._keeper = JournalKeeper(journal or JournalConfig())
         self._ledger = Ledger(config.client_timeout_s)
         self._rewards = RewardPool(model, config.num_reward_workers, config.reward_timeout_s)
         self._publications = Publications(self._shards, infos, plans, sync, initial_version, self._on_lost_shards)
@@ -86,23 +102,37 @@ class Controller:
         return self._limits
 
     async def submit(self, request: RolloutRequest, client_id: str) -> RolloutHandle:
-        """Queue a request.
+        """Queue a request; one with a run id goes on from what is durable of its groups.
 
         Raises:
             InvalidRequest: A prompt does not fit the model, or there is no such reward.
+            JournalConflict: A group of that run and id was another one.
             QueueFull: Too much is under way.
             EngineDead: No engine is left.
         """
         await self._rewards.check(request.reward)
         handle_id = uuid.uuid4().hex
+        await self._take_over(request)
+        restored = await self._keeper.submit(request, handle_id)
         now = time.monotonic()
-        self._scheduler.submit(handle_id, request, now)
+        self._scheduler.submit(handle_id, request, now, restored)
         self._ledger.open(handle_id, client_id, len(request.prompts), now)
         self._events[handle_id] = asyncio.Event()
         self._pump()
         return RolloutHandle(
             handle_id=handle_id, group_ids=request.group_ids, n_samples_per_prompt=request.n_samples_per_prompt
         )
+
+    async def _take_over(self, request: RolloutRequest) -> None:
+        """Whoever asked for groups of this run before has lost them: their tokens so far belong to this request."""
+        for handle_id in self._scheduler.handles_of(request):
+            logger.info("run %s asks again for groups of %s, which is closed", request.run_id, handle_id)
+            self._ledger.close(handle_id)
+            self._abort(handle_id)
+            self._pump()
+            while self._scheduler.is_pending(handle_id):
+                await asyncio.sleep(STALE_POLL_S)
+            self._close(handle_id)
 
     async def next_groups(
         self, handle_id: str, max_groups: int, timeout_s: float, acknowledged: Sequence[str] = ()
@@ -151,6 +181,17 @@ class Controller:
         self._abort(handle_id)
         self._pump()
 
+    async def acknowledge_groups(self, run_id: str, group_ids: Sequence[str], checkpoint: str) -> int:
+        """A trainer's checkpoint has learned from these groups; they are never delivered again.
+
+        Returns:
+            How many were not acknowledged before.
+
+        Raises:
+            JournalConflict: One of them is not finished.
+        """
+        return await self._keeper.acknowledge(run_id, group_ids, checkpoint)
+
     async def progress(self, handle_id: str) -> Progress:
         self._ledger.touch(handle_id, time.monotonic())
         return self._scheduler.progress(handle_id)
@@ -187,6 +228,7 @@ class Controller:
 
     async def commit_publish(self, version: int, in_flight: InFlight | None = None) -> SyncReport:
         """Flip all shards (see Publisher.commit). With a pause nothing is dispatched until it is over."""
+        await self._wait_for_the_old(version)
         mode = in_flight or self._sync.in_flight
         is_paused = mode is not InFlight.KEEP
         self._num_flips_under_way += is_paused
@@ -194,10 +236,23 @@ class Controller:
             report = await self._publications.commit(version, mode)
             if mode is InFlight.ABORT and not self._sync.partial_rollout:
                 self._scheduler.restart_queued(time.monotonic())
+            for rank, flight_ids in self._scheduler.on_version(version, time.monotonic()).items():
+                self._spawn_abort(rank, flight_ids)
             return report
         finally:
             self._num_flips_under_way -= is_paused
             self._pump()
+
+    async def _wait_for_the_old(self, version: int) -> None:
+        """With on_stale = wait, a version waits for the trajectories that it would make too old."""
+        deadline = time.monotonic() + self._sync.drain_timeout_s
+        while self._config.on_stale is OnStale.WAIT and (num_old := self._scheduler.num_too_old_for(version)):
+            if time.monotonic() > deadline:
+                raise SyncRefused(
+                    f"version {version}: {num_old} trajectories would be older than scheduler.max_staleness = "
+                    f"{self._config.max_staleness}, and did not end within sync.drain_timeout_s"
+                )
+            await asyncio.sleep(STALE_POLL_S)
 
     async def abandon_publish(self, version: int) -> None:
         await self._publications.abandon(version)
@@ -211,7 +266,7 @@ class Controller:
         await self._publications.rejoin(shards)
         for rank, shard in shards.items():
             self._shards[rank] = shard
-            self._scheduler.on_shard_restart(rank)
+            self._scheduler.on_shard_up(rank, self._capacities[rank])
         logger.info("shards %s serve again, at version %d", sorted(shards), self._publications.live_version)
         self._pump()
 
@@ -243,20 +298,31 @@ class Controller:
         for task in list(self._tasks):
             task.cancel()
         self._rewards.stop()
+        await self._keeper.close()
 
     def _pump(self) -> None:
         """Carry what the scheduler has ready to where it goes. Never waits."""
         if self._is_stopping:
             return
+        for restart in self._scheduler.take_restarts():
+            self._spawn(self._keeper.restart(restart), f"restart in {restart.group_id}", lambda reason: None)
         for finished in self._scheduler.take_finished():
-            if not self._ledger.add(finished.handle_id, finished.group):
-                self._num_groups_expired += 1
-            self._wake(finished.handle_id)
+            self._spawn(self._deliver(finished), f"delivery of {finished.group.group_id}", lambda reason: None)
         for job in self._scheduler.take_score_jobs():
             self._spawn_for(job.flight_id, self._score(job))
         if self._num_flips_under_way == 0:
             for dispatch in self._scheduler.next_dispatches(time.monotonic()):
                 self._spawn_for(dispatch.chunk.trajectory_id, self._run_chunk(dispatch))
+            for rank, flight_ids in self._scheduler.take_cuts(time.monotonic()).items():
+                self._spawn_abort(rank, flight_ids)
+
+    async def _deliver(self, finished: FinishedGroup) -> None:
+        try:
+            await self._keeper.finish(finished)
+        finally:  # what cannot be recorded is delivered all the same; the error is counted
+            if not self._ledger.add(finished.handle_id, finished.group):
+                self._num_groups_expired += 1
+            self._wake(finished.handle_id)
 
     async def _run_chunk(self, dispatch: Dispatch) -> None:
         shard, flight_id = self._shards[dispatch.shard], dispatch.chunk.trajectory_id
@@ -275,8 +341,18 @@ class Controller:
                 reason = f"engine result: got {got}, expected {flight_id} of shard {dispatch.shard}"
                 self._fail_chunk(dispatch, reason)
             else:
-                self._scheduler.on_chunk(result, time.monotonic())
+                await self._land(result)
         self._pump()
+
+    async def _land(self, result: ChunkResult) -> None:
+        """The shard is free at once; the trajectory goes on when its chunk is durable."""
+        landing = self._scheduler.land(result, time.monotonic())
+        if landing is None:
+            return
+        if self._keeper.keeps(landing.run_id):
+            self._pump()
+            await self._keeper.append(landing)
+        self._scheduler.landed(landing.flight_id, time.monotonic())
 
     def _fail_chunk(self, dispatch: Dispatch, reason: str) -> None:
         flight_id, kind = dispatch.chunk.trajectory_id, FailureKind.ENGINE_ERROR
@@ -314,7 +390,10 @@ class Controller:
         if not running:
             self._aborting.discard(handle_id)
         for rank, flight_ids in running.items():
-            self._spawn(self._abort_on(rank, flight_ids), f"abort on shard {rank}", lambda reason: None)
+            self._spawn_abort(rank, flight_ids)
+
+    def _spawn_abort(self, rank: int, flight_ids: list[str]) -> None:
+        self._spawn(self._abort_on(rank, flight_ids), f"abort on shard {rank}", lambda reason: None)
 
     async def _abort_on(self, rank: int, flight_ids: list[str]) -> None:
         try:
@@ -328,6 +407,7 @@ class Controller:
             await asyncio.sleep(HOUSEKEEPING_S)
             try:
                 self._keep_house_once(time.monotonic())
+                await self._keeper.keep_house()
             except Exception:  # this loop must go on; the fault is visible as a metric
                 self._num_internal_errors += 1
                 logger.exception("housekeeping failed")
@@ -343,6 +423,7 @@ class Controller:
         for handle_id in {*expired.to_abort, *self._aborting}:
             self._abort(handle_id)
         self._rate.sample(now, self._scheduler.counts.num_tokens_generated)
+        self._scheduler.keep_house(now)
         self._pump()
 
     async def _shard_stats(self) -> tuple[ShardStats, ...]:
@@ -392,3 +473,12 @@ class Controller:
             on_error(f"internal error: {type(error).__name__}: {error}")
 
         task.add_done_callback(done)
+
+
+def _capacity(info: ShardInfo, config: SchedulerConfig) -> ShardCapacity:
+    return ShardCapacity(
+        max_running=config.max_running_per_shard,
+        kv_tokens=info.kv_tokens,
+        block_tokens=info.block_tokens,
+        group=info.group,
+    )

@@ -18,7 +18,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from actors.controller import Controller
 from rollout.client import RolloutClient
-from rollout.config import ClusterConfig, EngineConfig, ModelConfig, SchedulerConfig, SyncConfig
+from rollout.config import ClusterConfig, EngineConfig, JournalConfig, ModelConfig, SchedulerConfig, SyncConfig
 from rollout.errors import EngineDead, InvalidRequest, LongrollError, ServiceLost
 from rollout.fleet import Rendezvous, ShardInfo
 from rollout.remote import client_error
@@ -43,6 +43,7 @@ class ShardParts:
     scheduler: SchedulerConfig
     sync: SyncConfig
     cluster: ClusterConfig
+    journal: JournalConfig
     initial_version: int
     shard_class: type | None
 
@@ -110,6 +111,29 @@ class Service:
             raise client_error(error) from (error.__cause__ if isinstance(error, LongrollError) else None)
         self.infos = [*self.infos[: ranks.start], *infos, *self.infos[ranks.stop :]]
 
+    def start_controller(self) -> None:
+        """Make the controller; also a new one in place of one that died, which goes on from the journal.
+
+        Raises:
+            JournalError: The journal cannot be opened.
+        """
+        assert self.parts is not None, "a service that was started has its parts"
+        parts = self.parts
+        actor = ray.remote(Controller).options(
+            name=CONTROLLER_NAME, namespace=self.namespace, num_cpus=0, max_concurrency=CONTROLLER_CONCURRENCY
+        )
+        self.controller = actor.remote(
+            parts.scheduler,
+            parts.sync,
+            parts.model,
+            self.shards,
+            self.infos,
+            self.plans,
+            parts.initial_version,
+            parts.journal,
+        )
+        ray.get(self.controller.start.remote())
+
     def stop(self) -> None:
         """Shut down controller and shards, then kill their actors; may be called again."""
         if not ray.is_initialized():
@@ -135,6 +159,7 @@ def start_service(
     on_progress: StartCallback | None = None,
     initial_version: int = 0,
     shard_class: type | None = None,
+    journal: JournalConfig | None = None,
 ) -> Service:
     """Start all shards of all expert-parallel groups and their controller.
 
@@ -142,6 +167,7 @@ def start_service(
         on_progress: Told how many shards are ready.
         initial_version: Version of the weights in the model directory.
         shard_class: Class of the shard actors; None = actors.shard.Shard.
+        journal: Where rollouts are made durable; None = nowhere.
 
     Raises:
         InvalidRequest: The model directory or the configuration is wrong.
@@ -163,6 +189,7 @@ def start_service(
             scheduler=scheduler,
             sync=sync,
             cluster=cluster,
+            journal=journal or JournalConfig(),
             initial_version=initial_version,
             shard_class=shard_class,
         )
@@ -171,11 +198,7 @@ def start_service(
         for rank in range(engine.num_all_shards):
             service.shards.append(service.parts.make_shard(rank, service.placement))
         service.infos = _start_shards(service.shards, engine, on_progress)
-        actor = ray.remote(Controller).options(
-            name=CONTROLLER_NAME, namespace=cluster.namespace, num_cpus=0, max_concurrency=CONTROLLER_CONCURRENCY
-        )
-        service.controller = actor.remote(scheduler, sync, model, service.shards, service.infos, plans, initial_version)
-        ray.get(service.controller.start.remote())
+        service.start_controller()
     except BaseException as error:
         service.stop()
         raise client_error(error) from (error.__cause__ if isinstance(error, LongrollError) else None)

@@ -108,6 +108,7 @@ class Shard:
             vocab_size=config.model_config.get_vocab_size(),
             max_model_len=config.model_config.max_model_len,
             num_workers=config.parallel_config.world_size,
+            block_tokens=config.cache_config.block_size,
         )
 
     def _set_environment(self) -> None:

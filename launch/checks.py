@@ -42,13 +42,6 @@ def _room(config: RunConfig) -> None:
     eval_tokens = config.workload.eval_max_tokens
     if eval_tokens is not None and not 0 < eval_tokens < limit:
         raise InvalidRequest("workload.eval_max_tokens", eval_tokens, f"a number in [1, {limit}), or null")
-    chunk = config.scheduler.chunk_tokens
-    if chunk is not None and chunk >= config.sampling.max_tokens:
-        raise InvalidRequest(
-            "scheduler.chunk_tokens",
-            chunk,
-            f"null, or less than sampling.max_tokens = {config.sampling.max_tokens} (it never cuts)",
-        )
 
 
 def _accelerator(config: RunConfig) -> None:

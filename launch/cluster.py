@@ -11,6 +11,7 @@ import ray
 
 from rollout.config import RunConfig
 from rollout.errors import LongrollError
+from rollout.journal.opening import SQLITE
 
 JOB_MARK = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray sets it for the driver of a submitted job
 QUIET = {
@@ -69,6 +70,14 @@ def run_directory(path: str) -> Path:
     folder = folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def absolute_dsn(dsn: str | None) -> str | None:
+    """A journal's DSN with the absolute path of its file, whose directory is made; others as they are."""
+    if dsn is None or not dsn.startswith(SQLITE):
+        return dsn
+    path = Path(dsn.removeprefix(SQLITE))
+    return f"{SQLITE}{run_directory(str(path.parent)) / path.name}"
 
 
 def model_path(path: str) -> str:

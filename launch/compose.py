@@ -29,7 +29,19 @@ from rollout.config import RunConfig
 from rollout.errors import InvalidRequest
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
-GROUPS = ("model", "engine", "sampling", "scheduler", "sync", "trainer", "workload", "cluster", "monitor", "experiment")
+GROUPS = (
+    "model",
+    "engine",
+    "sampling",
+    "scheduler",
+    "journal",
+    "sync",
+    "trainer",
+    "workload",
+    "cluster",
+    "monitor",
+    "experiment",
+)
 
 
 def compose(overrides: Sequence[str] = ()) -> RunConfig:

@@ -18,9 +18,10 @@ from actors.trainer_group import TrainerGroup
 from actors.vllm_plugin.steps import Step
 from launch.background_load import BackgroundLoad
 from launch.monitor import Monitor
-from launch.train import rollout
+from launch.train import ask_for, rollout
 from launch.workload import Workload
 from rollout.config import RunConfig
+from rollout.cursor import Cursor
 from rollout.errors import LongrollError
 from rollout.fleet import SyncReport
 
@@ -144,7 +145,8 @@ def stall(config: RunConfig, num_steps: int, *, recompute_kv: bool) -> Stall:
         try:
             with BackgroundLoad(service, workload, LOAD_TOKENS) as load:
                 for step in range(1, num_steps + 2):
-                    groups = rollout(config, service.client, workload, step, step * 100, monitor)
+                    asked = ask_for(config, step, Cursor(step=step - 1, version=step - 1, data_cursor=step * 100))
+                    groups = rollout(config, service.client, workload, asked, None, monitor)
                     trainers.train_step(groups)
                     results.append(one_publication(service, trainers, recompute_kv))
                     _say(results[-1], recompute_kv)

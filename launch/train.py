@@ -12,6 +12,7 @@ from __future__ import annotations
 import signal
 import sys
 import time
+import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
@@ -23,7 +24,7 @@ from omegaconf import OmegaConf
 
 from actors.service import Service, start_service
 from actors.trainer_group import TrainerGroup
-from launch.cluster import model_path, run_directory, start_ray
+from launch.cluster import absolute_dsn, model_path, run_directory, start_ray
 from launch.compose import compose, model_directory, to_yaml
 from launch.evaluation import Evaluation, evaluation_of
 from launch.history import History
@@ -51,28 +52,31 @@ def train(config: RunConfig, run_dir: Path, monitor: Monitor) -> Summary:
         client = service.client
         start_s = time.monotonic() - began
         monitor.say(f"{len(service.infos)} shards, {config.trainer.num_ranks} trainer ranks ready in {start_s:.0f} s")
+        run_id = run_id_of(config, run_dir)
         cursor = resume(config, trainers, history, monitor)
+        client.acknowledge_groups(run_id, cursor.learned, f"step {cursor.step}")  # in case it died before it could
+        learned: list[str] = []
         before = evaluation_before(config, run_dir, client, workload, cursor, monitor)
 
         for step in range(cursor.step + 1, config.trainer.num_steps + 1):
             times = StepTimes()
             with timed(times, "rollout_s"):
-                groups = rollout(config, client, workload, step, cursor.data_cursor, monitor)
+                asked = ask_for(config, step, cursor)
+                groups = rollout(config, client, workload, asked, run_id, monitor)
             kv_usage_max = max((s.kv_usage_max for s in client.stats().shards), default=0.0)
             with timed(times, "train_s"), monitor.phase("train"):
                 metrics = trainers.train_step(groups)
             with timed(times, "sync_s"), monitor.phase("sync"):
                 report = trainers.publish()
-            cursor = Cursor(
-                step=step,
-                version=trainers.version,
-                data_cursor=cursor.data_cursor + num_requested(config),
-            )
+            learned += [group.group_id for group in groups]
+            cursor = after_step(cursor, asked, groups, trainers.version, learned)
             is_last = step == config.trainer.num_steps
             history.add(step_record(step, groups, metrics, report, times, kv_usage_max))
             if is_last or step % config.trainer.checkpoint_every == 0:
                 with timed(times, "save_s"), monitor.phase("save"):
                     trainers.save(cursor)
+                    client.acknowledge_groups(run_id, learned, f"step {step}")
+                learned = []
                 history.amend_save_s(times.save_s)
             monitor.step(history.steps[-1])
 
@@ -89,23 +93,48 @@ def train(config: RunConfig, run_dir: Path, monitor: Monitor) -> Summary:
         )
 
 
+def ask_for(config: RunConfig, step: int, cursor: Cursor) -> tuple[tuple[str, int], ...]:
+    """Groups of a step, as (group id, problem): first what an earlier step left over, then new problems."""
+    num_new = num_requested(config) - len(cursor.leftover)
+    return cursor.leftover + tuple((f"step{step:06d}/{i:04d}", cursor.data_cursor + i) for i in range(num_new))
+
+
+def after_step(
+    cursor: Cursor, asked: Sequence[tuple[str, int]], groups: Sequence[Group], version: int, learned: Sequence[str]
+) -> Cursor:
+    """Where the run stands once a step has used these of the groups that it asked for."""
+    used = {group.group_id for group in groups}
+    return Cursor(
+        step=cursor.step + 1,
+        version=version,
+        data_cursor=cursor.data_cursor + len(asked) - len(cursor.leftover),
+        leftover=tuple(one for one in asked if one[0] not in used),
+        learned=tuple(learned),
+    )
+
+
 def rollout(
-    config: RunConfig, client: RolloutClient, workload: Workload, step: int, data_cursor: int, monitor: Monitor
+    config: RunConfig,
+    client: RolloutClient,
+    workload: Workload,
+    asked: Sequence[tuple[str, int]],
+    run_id: str | None,
+    monitor: Monitor,
 ) -> list[Group]:
-    """The groups of a step: the first prompts_per_step to finish, in order of their ids."""
-    prompts = workload.batch(data_cursor, num_requested(config))
+    """The first prompts_per_step to finish of the groups that are asked for, in order of their ids."""
     sampling = config.sampling
     handle = client.submit(
-        prompts,
+        [workload.problem(problem) for _, problem in asked],
         sampling.n_samples_per_prompt,
         sampling_params(config, sampling.max_tokens),
         run_seed=config.trainer.seed,
-        group_ids=[f"step{step:06d}/{i:04d}" for i in range(len(prompts))],
+        group_ids=[group_id for group_id, _ in asked],
         reward=config.workload.reward,
+        run_id=run_id,
     )
     wanted = config.trainer.prompts_per_step
     groups = list(islice(monitor.track(client.groups(handle), "rollout", wanted), wanted))
-    if wanted < len(prompts):  # over-sampling: the slowest are given up
+    if wanted < len(asked):  # over-sampling: the slowest are given up for now; their tokens are durable
         client.abort(handle)
         for _ in client.groups(handle):  # reading what was given up closes the handle
             continue
@@ -165,6 +194,16 @@ def resume(config: RunConfig, trainers: TrainerGroup, history: History, monitor:
     return cursor
 
 
+def run_id_of(config: RunConfig, run_dir: Path) -> str:
+    """The name under which the run's rollouts are durable: kept beside its checkpoints, new without resume."""
+    path = run_dir / "run_id"
+    if config.resume and path.is_file():
+        return path.read_text().strip()
+    run_id = f"{run_dir.name}-{uuid.uuid4().hex[:12]}"
+    path.write_text(run_id + "\n")
+    return run_id
+
+
 def num_requested(config: RunConfig) -> int:
     """Prompts that a step asks for."""
     return config.trainer.over_sampling_batch_size or config.trainer.prompts_per_step
@@ -185,6 +224,7 @@ def service_of(config: RunConfig, monitor: Monitor) -> Service:
         config.scheduler,
         config.sync,
         config.cluster,
+        journal=config.journal,
         on_progress=lambda ready, total: monitor.say(f"shards ready {ready}/{total}"),
     )
 
@@ -220,6 +260,7 @@ def run(config: RunConfig) -> int:
     model_directory(config.model.path)
     config.model.path = model_path(config.model.path)
     run_dir = run_directory(config.run_dir)
+    config.journal.dsn = absolute_dsn(config.journal.dsn)
     check_same_run(config, run_dir)
     (run_dir / "config.yaml").write_text(to_yaml(config))
     settings: Any = OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)

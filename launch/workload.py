@@ -35,10 +35,11 @@ class Workload:
 
     def batch(self, start: int, num_prompts: int) -> list[Prompt]:
         """Training prompts number start, start + 1, … of the run."""
-        return [
-            self._prompt(self._train, (self._offset + i) % MAX_TRAIN_PROBLEMS)
-            for i in range(start, start + num_prompts)
-        ]
+        return [self.problem(number) for number in range(start, start + num_prompts)]
+
+    def problem(self, number: int) -> Prompt:
+        """Training prompt number `number` of the run."""
+        return self._prompt(self._train, (self._offset + number) % MAX_TRAIN_PROBLEMS)
 
     def held_out(self) -> list[Prompt]:
         """The evaluation prompts, always the same."""

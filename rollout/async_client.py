@@ -49,6 +49,7 @@ class AsyncRolloutClient:
         group_ids: Sequence[str] | None = None,
         reward: str = "none",
         priority: int = 0,
+        run_id: str | None = None,
     ) -> RolloutHandle:
         """Ask for n samples of each prompt; see RolloutClient.submit."""
         if self._limits is None:
@@ -62,6 +63,7 @@ class AsyncRolloutClient:
             group_ids,
             reward,
             priority,
+            run_id,
             limits=self._limits,
             submission=submission,
         )
@@ -119,6 +121,11 @@ class AsyncRolloutClient:
     async def abort(self, handle: RolloutHandle) -> None:
         """Give up what is unfinished; every group of the handle can still be read."""
         await self._call("abort", handle.handle_id)
+
+    async def acknowledge_groups(self, run_id: str, group_ids: Sequence[str], checkpoint: str) -> int:
+        """A checkpoint that is safe has learned from these groups; see RolloutClient.acknowledge_groups."""
+        num_new: int = await self._call("acknowledge_groups", run_id, tuple(group_ids), checkpoint)
+        return num_new
 
     async def progress(self, handle: RolloutHandle) -> Progress:
         progress: Progress = await self._call("progress", handle.handle_id)

@@ -79,6 +79,7 @@ class RolloutClient:
         group_ids: Sequence[str] | None = None,
         reward: str = "none",
         priority: int = 0,
+        run_id: str | None = None,
     ) -> RolloutHandle:
         """Ask for n samples of each prompt; returns at once.
 
@@ -90,6 +91,8 @@ class RolloutClient:
             group_ids: One for each prompt; None numbers them by submission of this client.
             reward: Name of the reward function.
             priority: Lower is served first.
+            run_id: Names the run that the groups belong to: asked for again under the same run and group ids, after
+                whatever died, they come back as far as they were durable (journal.dsn) and go on from there.
 
         Raises:
             InvalidRequest: Anything is wrong with the arguments; nothing was queued.
@@ -106,6 +109,7 @@ class RolloutClient:
             group_ids,
             reward,
             priority,
+            run_id,
             limits=self._limits,
             submission=self._num_submitted,
         )
@@ -168,6 +172,18 @@ class RolloutClient:
     def abort(self, handle: RolloutHandle) -> None:
         """Give up what is unfinished; every group of the handle can still be read."""
         self._call("abort", handle.handle_id)
+
+    def acknowledge_groups(self, run_id: str, group_ids: Sequence[str], checkpoint: str) -> int:
+        """A checkpoint that is safe has learned from these groups: they are never delivered again.
+
+        Returns:
+            How many were not acknowledged before.
+
+        Raises:
+            JournalConflict: One of them is not finished.
+        """
+        num_new: int = self._call("acknowledge_groups", run_id, tuple(group_ids), checkpoint)
+        return num_new
 
     def progress(self, handle: RolloutHandle) -> Progress:
         progress: Progress = self._call("progress", handle.handle_id)

@@ -138,12 +138,39 @@ class SamplingConfig:
     top_p: float = 1.0  # 1 = off
 
 
+class OnStale(str, Enum):
+    """What becomes of a trajectory whose first token would be older than max_staleness versions."""
+
+    WAIT = "wait"  # a publication waits until it has ended
+    REGENERATE = "regenerate"  # its tokens are dropped (and counted) and it starts anew
+    DROP = "drop"  # it fails, counted with the reason
+
+
 @dataclass(kw_only=True)
-class SchedulerConfig:
+class DispatchConfig:
+    """Who runs next, where, and for how long."""
+
+    # divided: chunks, longest expected first, KV reserved; partial: whole trajectories on the least loaded shard;
+    # static: groups dealt to the shards in turn. See rollout.scheduler.policies.
+    policy: str = "divided"
+    # Policy divided: a trajectory is cut after so many tokens, made durable, and scheduled again; what a crash loses
+    # is at most one chunk of each trajectory that was running. None = not cut.
+    chunk_tokens: int | None = 2048
+
+    def __post_init__(self) -> None:
+        if self.policy not in ("static", "partial", "divided"):
+            raise InvalidRequest("scheduler.policy", self.policy, "static, partial or divided")
+        if self.chunk_tokens is not None:
+            _positive("scheduler", chunk_tokens=self.chunk_tokens)
+
+
+@dataclass(kw_only=True)
+class SchedulerConfig(DispatchConfig):
     """Queues of the controller."""
 
     max_running_per_shard: int = 64  # chunks in flight on one shard; more only queue inside the engine
-    chunk_tokens: int | None = None  # cut trajectories after this many tokens; None = one chunk each
+    max_staleness: int | None = None  # most versions between a trajectory's first token and its last; None = no bound
+    on_stale: OnStale = OnStale.REGENERATE  # what happens to one that would be older
     client_timeout_s: float = 600.0  # a client silent for this long has its unfinished work aborted
     max_queued_trajectories: int = 200_000  # submissions beyond this are refused
     max_retries: int = 2  # times a chunk is tried again elsewhere after its engine died
@@ -151,6 +178,7 @@ class SchedulerConfig:
     reward_timeout_s: float = 10.0  # a reward that takes longer fails its trajectory, with the reason
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _positive(
             "scheduler",
             max_running_per_shard=self.max_running_per_shard,
@@ -158,8 +186,8 @@ class SchedulerConfig:
             num_reward_workers=self.num_reward_workers,
             reward_timeout_s=self.reward_timeout_s,
         )
-        if self.chunk_tokens is not None:
-            _positive("scheduler", chunk_tokens=self.chunk_tokens)
+        if self.max_staleness is not None and self.max_staleness < 0:
+            raise InvalidRequest("scheduler.max_staleness", self.max_staleness, "an integer ≥ 0, or null for no bound")
 
 
 @dataclass(kw_only=True)
@@ -372,6 +400,8 @@ class JournalConfig:
         if self.group_commit_ms < 0 or self.owner_wait_s < 0:
             got = f"{self.group_commit_ms}, {self.owner_wait_s}"
             raise InvalidRequest("journal.group_commit_ms, owner_wait_s", got, "numbers ≥ 0")
+        if self.dsn is not None and not self.dsn.startswith(("sqlite:///", "postgresql://", "postgres://")):
+            raise InvalidRequest("journal.dsn", self.dsn, "sqlite:///path, postgresql://…, or null for none")
         if self.synchronous not in ("full", "normal"):
             raise InvalidRequest("journal.synchronous", self.synchronous, "full or normal")
 
@@ -386,6 +416,7 @@ class RunConfig:
     engine: EngineConfig = field(default_factory=EngineConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    journal: JournalConfig = field(default_factory=JournalConfig)
     sync: SyncConfig = field(default_factory=SyncConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     mismatch: MismatchConfig = field(default_factory=MismatchConfig)

@@ -20,12 +20,16 @@ class Cursor:
         step: Training steps finished.
         version: Weight version of the checkpoint.
         data_cursor: Index of the next problem to use.
+        leftover: Groups that were asked for and not used, as (group id, problem): over-sampling. They go on first.
+        learned: Ids of the groups that the checkpoint has learned from and the one before had not.
         knobs: What a mismatch budget has tightened by then; the trainer adds it. None: nothing known of it.
     """
 
     step: int
     version: int
     data_cursor: int
+    leftover: tuple[tuple[str, int], ...] = ()
+    learned: tuple[str, ...] = ()
     knobs: Knobs | None = None
 
     def to_json(self) -> str:
@@ -37,4 +41,6 @@ class Cursor:
         values = json.loads(text)
         if values.get("knobs") is not None:
             values["knobs"] = Knobs(**values["knobs"])
+        values["leftover"] = tuple((group_id, problem) for group_id, problem in values.get("leftover", ()))
+        values["learned"] = tuple(values.get("learned", ()))
         return Cursor(**values)

@@ -26,6 +26,7 @@ class ShardInfo:
         vocab_size: Token ids are in [0, vocab_size).
         max_model_len: Longest prompt + output in tokens.
         num_workers: Its engine's worker processes, one for each device.
+        block_tokens: Tokens of one block of the KV cache.
     """
 
     rank: int
@@ -36,6 +37,7 @@ class ShardInfo:
     max_model_len: int
     group: int = 0
     num_workers: int = 1
+    block_tokens: int = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,6 +19,7 @@ def build_request(
     group_ids: Sequence[str] | None,
     reward: str,
     priority: int,
+    run_id: str | None = None,
     *,
     limits: ModelLimits,
     submission: int,
@@ -40,6 +41,7 @@ def build_request(
         group_ids=_group_ids(group_ids, submission, len(prompts)),
         reward=reward,
         priority=priority,
+        run_id=run_id,
     )
     for prompt in request.prompts:
         limits.check(prompt, sampling)

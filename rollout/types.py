@@ -258,6 +258,8 @@ class RolloutRequest:
             the same ids with the same run_seed give the same trajectories.
         reward: Name of a reward function ("none" leaves trajectories unscored).
         priority: Lower is served first.
+        run_id: Names the run that these groups belong to. Under the same run and group ids a request that is made
+            again, after whatever died, gets what is durable and goes on from there; None: never asked again.
     """
 
     prompts: tuple[Prompt, ...]
@@ -267,8 +269,11 @@ class RolloutRequest:
     group_ids: tuple[str, ...]
     reward: str = "none"
     priority: int = 0
+    run_id: str | None = None
 
     def __post_init__(self) -> None:
+        if self.run_id == "":
+            raise InvalidRequest("run_id", "an empty string", "a name, or None")
         if not self.prompts:
             raise InvalidRequest("prompts", "an empty sequence", "at least one prompt")
         if self.n_samples_per_prompt < 1:

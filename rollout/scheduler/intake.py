@@ -2,19 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 from rollout.errors import InvalidRequest
-from rollout.scheduler.records import Flight
 from rollout.seeds import trajectory_seed
 from rollout.types import ChunkResult, FinishReason, Group, RolloutRequest, Trajectory
 
 
-def make_group(request: RolloutRequest, place: int) -> Group:
-    """The group of the prompt at `place`, all of its trajectories pending.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Restored:
+    """What was durable of a trajectory when its group was asked for again.
+
+    Attributes:
+        trajectory: With its tokens; pending, or as it ended.
+        epoch: Times it was restarted from scratch.
+        ended: Why its generation is over, for a pending one that only has to be scored; None to go on.
+    """
+
+    trajectory: Trajectory
+    epoch: int
+    ended: FinishReason | None
+
+
+def make_group(request: RolloutRequest, place: int, restored: Sequence[Restored] | None = None) -> Group:
+    """The group of the prompt at `place`: all of its trajectories pending, or as they were restored.
 
     Raises:
         InvalidRequest: If no seed can be derived from the run seed.
     """
     prompt, group_id = request.prompts[place], request.group_ids[place]
+    if restored is not None:
+        for one in restored:  # the client's own prompt metadata, which it gets back as it gave it
+            one.trajectory.metadata["prompt"] = prompt.metadata
+        return Group(group_id=group_id, prompt=prompt, trajectories=[one.trajectory for one in restored])
     try:
         seeds = [trajectory_seed(request.run_seed, group_id, i) for i in range(request.n_samples_per_prompt)]
     except ValueError as error:
@@ -32,7 +53,7 @@ def make_group(request: RolloutRequest, place: int) -> Group:
     return Group(group_id=group_id, prompt=prompt, trajectories=trajectories)
 
 
-def fault_of(flight: Flight, result: ChunkResult) -> str | None:
+def fault_of(budget_tokens: int, result: ChunkResult) -> str | None:
     """Say what is wrong with a result, or None. A wrong one must not reach the record.
 
     Every token needs a log-probability and a version, and a chunk that ended by its budget must
@@ -41,8 +62,8 @@ def fault_of(flight: Flight, result: ChunkResult) -> str | None:
     num_tokens = len(result.token_ids)
     if len(result.logprobs) != num_tokens:
         return f"engine result: got {len(result.logprobs)} log-probabilities, expected {num_tokens}, one a token"
-    if num_tokens > flight.budget_tokens:
-        return f"engine result: got {num_tokens} tokens, expected at most {flight.budget_tokens}"
+    if num_tokens > budget_tokens:
+        return f"engine result: got {num_tokens} tokens, expected at most {budget_tokens}"
     stop = 0
     for span in result.spans:
         if span.start != stop or span.stop <= span.start:

@@ -66,6 +66,10 @@ class Ledger:
             if account.client_id == client_id and not account.is_aborted:
                 account.seen_at = now
 
+    def close(self, handle_id: str) -> None:
+        """Nobody is owed anything of this handle any more; harmless for an unknown one."""
+        self._accounts.pop(handle_id, None)
+
     def mark_aborted(self, handle_id: str) -> None:
         self._account(handle_id).is_aborted = True
 

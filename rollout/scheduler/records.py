@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 
-from rollout.types import Chunk, Group, RolloutRequest, Trajectory
+from rollout.types import Chunk, ChunkResult, FinishReason, Group, RolloutRequest, Trajectory
 
 
 class Phase(str, Enum):
@@ -13,6 +13,7 @@ class Phase(str, Enum):
 
     QUEUED = "queued"
     RUNNING = "running"
+    LANDING = "landing"
     SCORING = "scoring"
     FINAL = "final"
 
@@ -24,6 +25,7 @@ class FailureKind(str, Enum):
     ENGINE_ERROR = "engine_error"
     REWARD_RAISED = "reward_raised"
     REWARD_TIMEOUT = "reward_timeout"
+    STALE = "stale"
     INTERNAL = "internal"
 
 
@@ -33,6 +35,37 @@ class Dispatch:
 
     shard: int
     chunk: Chunk
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Landing:
+    """A chunk that came back and must be durable before `Scheduler.landed`: where it goes in the journal.
+
+    Attributes:
+        flight_id: The trajectory under way.
+        run_id, group_id, sample_index: The trajectory's key.
+        epoch: Times it was restarted from scratch.
+        start: Its tokens before this chunk.
+        result: The chunk.
+    """
+
+    flight_id: str
+    run_id: str
+    group_id: str
+    sample_index: int
+    epoch: int
+    start: int
+    result: ChunkResult
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Restart:
+    """The tokens of a trajectory were dropped; the chunks of its new epoch begin at token 0."""
+
+    run_id: str
+    group_id: str
+    sample_index: int
+    epoch: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,10 +80,22 @@ class ScoreJob:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FinishedGroup:
-    """A group whose trajectories are all final."""
+    """A group whose trajectories are all final.
+
+    Attributes:
+        handle_id, run_id: Whose it is.
+        group: With all its tokens.
+        epochs: Of its trajectories.
+        is_new: False for what the journal had complete.
+        is_whole: Every member ended, with a result or a failure; False after an abort by the client.
+    """
 
     handle_id: str
+    run_id: str
     group: Group
+    epochs: tuple[int, ...]
+    is_new: bool
+    is_whole: bool
 
 
 @dataclass(slots=True, kw_only=True)
@@ -59,26 +104,20 @@ class Flight:
 
     Attributes:
         flight_id: "<handle>:<trajectory id>", so that two clients may use the same group ids.
-        order: Its place in the order of submission; a continuation keeps it.
-        shard: Where it runs; None unless running.
-        home: The shard that ran it last and may hold its prefix.
-        reserved_tokens: Longest context that the running chunk can reach.
-        budget_tokens: Most new tokens of the running chunk.
+        epoch: Times it was restarted from scratch.
         num_retries: Engine deaths since its last chunk that came back.
+        landing: Why the chunk ended that is being made durable.
     """
 
     flight_id: str
     submission: Submission
     group: Group
     trajectory: Trajectory
-    order: int
     submitted_at: float
     phase: Phase = Phase.QUEUED
-    shard: int | None = None
-    home: int | None = None
-    reserved_tokens: int = 0
-    budget_tokens: int = 0
+    epoch: int = 0
     num_retries: int = 0
+    landing: FinishReason | None = None
 
 
 @dataclass(slots=True, kw_only=True)
@@ -102,15 +141,13 @@ class Submission:
     num_tokens: int = 0
     flights: dict[str, Flight] = field(default_factory=dict)
     num_pending: dict[str, int] = field(default_factory=dict)
+    epochs: dict[str, list[int]] = field(default_factory=dict)  # of the members of each group
+    restored: set[str] = field(default_factory=set)  # groups that were complete in the journal
 
-
-@dataclass(slots=True)
-class ShardLoad:
-    """What runs on a shard. Owned by the scheduler."""
-
-    running: set[str] = field(default_factory=set)
-    reserved_tokens: int = 0
-    is_live: bool = True
+    @property
+    def run_id(self) -> str:
+        """Under which its trajectories are durable."""
+        return self.request.run_id or self.handle_id
 
 
 @dataclass(slots=True)
@@ -124,3 +161,5 @@ class Counts:
     num_tokens_discarded: int = 0
     num_retries: int = 0
     num_stale_results: int = 0
+    num_regenerated: int = 0  # trajectories whose tokens were dropped for being too stale
+    num_tokens_restored: int = 0  # that the journal had

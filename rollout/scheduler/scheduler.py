@@ -1,91 +1,119 @@
-"""The queue of trajectories and everything that can happen to one until its group is finished.
+"""Every trajectory under way, and everything that can happen to one until its group is finished.
 
-            ┌──── budget ended, engine aborted, engine died ────┐
-            ▼                                                   │
-         QUEUED ───── next_dispatches ─────► RUNNING ───────────┤
-            │ client abort, no engine left      │ generation ended (or client abort: FINAL)
-            ▼                                   ▼
-          FINAL ◄──── on_reward(_failed) ─── SCORING
+            ┌──── engine died ─────┐   ┌──── budget ended, engine aborted ────┐
+            ▼                      │   ▼                                      │
+         QUEUED ── next_dispatches ─► RUNNING ──── land ────► LANDING ── landed ┤
+            │ client abort, no engine left         (made durable)             │ generation ended
+            ▼                                                                 ▼ (or client abort: FINAL)
+          FINAL ◄──────────────── on_reward(_failed) ────────────────────── SCORING
 
-Pure and deterministic: events come in as calls with the time; work goes out through
-`next_dispatches`, `take_score_jobs` and `take_finished`. A simulator drives the same class as the
-controller. Knows nothing of Ray, engines, clients or clocks.
+Who runs next, and where, is the dispatcher's to say. Pure and deterministic: events come in as calls with the time;
+work goes out through `next_dispatches`, `take_cuts`, `take_restarts`, `take_score_jobs` and `take_finished`. Knows
+nothing of Ray, engines, clients, clocks, or of how a chunk is made durable.
 """
 
 from __future__ import annotations
 
-import heapq
+from collections.abc import Mapping, Sequence
 
-from rollout.config import SchedulerConfig
+from rollout.config import OnStale, SchedulerConfig
 from rollout.errors import EngineDead, QueueFull, UnknownHandle
 from rollout.handles import Progress
-from rollout.scheduler.intake import fault_of, make_group
-from rollout.scheduler.placement import choose_shard
+from rollout.scheduler.dispatcher import DispatchCounts, Dispatcher
+from rollout.scheduler.intake import Restored, fault_of, make_group
+from rollout.scheduler.jobs import Job, ShardCapacity
 from rollout.scheduler.records import (
     Counts,
     Dispatch,
     FailureKind,
     FinishedGroup,
     Flight,
+    Landing,
     Phase,
+    Restart,
     ScoreJob,
-    ShardLoad,
     Submission,
 )
-from rollout.types import Chunk, ChunkResult, FinishReason, ModelLimits, RolloutRequest, Status
+from rollout.types import Chunk, ChunkResult, FinishReason, Group, ModelLimits, RolloutRequest, Status
 
 UNSCORED = "none"
 
 
 class Scheduler:
-    """Owns submissions, trajectories and the load of every shard.
+    """Owns submissions and trajectories.
 
     Args:
-        config: Limits.
+        config: Limits and policy.
         limits: What the model accepts.
-        shards: Ranks of the fleet.
+        shards: What every shard can take, by rank.
         partial_rollout: Keep the tokens of a chunk that an engine aborted, instead of starting anew.
+        engine_wait_s: How long trajectories wait for an engine when none is alive; 0: they fail at once.
+        version: Live weight version.
     """
 
     def __init__(
-        self, config: SchedulerConfig, limits: ModelLimits, shards: list[int], *, partial_rollout: bool = True
+        self,
+        config: SchedulerConfig,
+        limits: ModelLimits,
+        shards: Mapping[int, ShardCapacity],
+        *,
+        partial_rollout: bool = True,
+        engine_wait_s: float = 0.0,
+        version: int = 0,
     ) -> None:
         self._config, self._limits, self._partial_rollout = config, limits, partial_rollout
-        self._shards = {rank: ShardLoad() for rank in shards}
+        self._dispatcher = Dispatcher(config, shards)
+        self._engine_wait_s, self._version = engine_wait_s, version
         self._submissions: dict[str, Submission] = {}
         self._flights: dict[str, Flight] = {}
-        self._heap: list[tuple[int, int, str]] = []
-        self._num_queued = 0
         self._num_submitted = 0
         self._score_jobs: list[ScoreJob] = []
         self._finished: list[FinishedGroup] = []
+        self._restarts: list[Restart] = []
         self._death_reason = "no engine was ever started"
+        self._died_at = 0.0
         self.counts = Counts()
 
     @property
     def num_queued(self) -> int:
-        return self._num_queued
+        return self._dispatcher.num_queued
 
     @property
     def num_running(self) -> int:
-        return sum(len(load.running) for load in self._shards.values())
+        return self._dispatcher.num_running
 
     @property
     def live_shards(self) -> list[int]:
-        return [rank for rank, load in self._shards.items() if load.is_live]
+        return self._dispatcher.book.live
+
+    @property
+    def dispatch_counts(self) -> DispatchCounts:
+        return self._dispatcher.counts
 
     def running_on(self, shard: int) -> list[str]:
-        return sorted(self._shards[shard].running)
+        return self._dispatcher.running_on(shard)
 
-    def submit(self, handle_id: str, request: RolloutRequest, now: float) -> None:
+    def submit(
+        self,
+        handle_id: str,
+        request: RolloutRequest,
+        now: float,
+        restored: Mapping[str, Sequence[Restored]] | None = None,
+    ) -> None:
         """Queue all trajectories of a request, or none.
+
+        Args:
+            handle_id: Identifies it.
+            request: What is asked for.
+            now: Seconds.
+            restored: What is durable of its groups, by group id: every member.
 
         Raises:
             InvalidRequest: A prompt does not fit the model, or a seed cannot be derived.
             QueueFull: More trajectories would be under way than allowed.
-            EngineDead: No shard is alive.
+            EngineDead: No shard is alive, and none is waited for.
         """
-        if not self.live_shards:
+        if not self.live_shards and not self._is_waiting_for_engines(now):
             raise EngineDead(f"no live engine: {self._death_reason}")
         for prompt in request.prompts:
             self._limits.check(prompt, request.sampling)
@@ -97,22 +125,63 @@ class Scheduler:
                 f"expected at most max_queued_trajectories = {most} in all"
             )
         submission = Submission(handle_id=handle_id, request=request, num_groups_pending=len(request.prompts))
-        groups = [make_group(request, place) for place in range(len(request.prompts))]
+        known = restored or {}
+        groups = [make_group(request, place, known.get(id_)) for place, id_ in enumerate(request.group_ids)]
         self._submissions[handle_id] = submission
         for group in groups:
-            submission.num_pending[group.group_id] = len(group.trajectories)
-            for trajectory in group.trajectories:
-                flight = Flight(
-                    flight_id=f"{handle_id}:{trajectory.trajectory_id}",
-                    submission=submission,
-                    group=group,
-                    trajectory=trajectory,
-                    order=self._num_submitted,
-                    submitted_at=now,
-                )
-                self._num_submitted += 1
-                submission.flights[flight.flight_id] = self._flights[flight.flight_id] = flight
-                self._enqueue(flight)
+            self._open(submission, group, known.get(group.group_id), now)
+
+    def handles_of(self, request: RolloutRequest) -> list[str]:
+        """Submissions of the request's run that have one of its groups, in order."""
+        if request.run_id is None:
+            return []
+        wanted = set(request.group_ids)
+        same = (s for s in self._submissions.values() if s.request.run_id == request.run_id)
+        return [s.handle_id for s in same if not wanted.isdisjoint(s.request.group_ids)]
+
+    def is_pending(self, handle_id: str) -> bool:
+        """Whether a submission has trajectories that are not final."""
+        submission = self._submissions.get(handle_id)
+        return submission is not None and bool(submission.flights)
+
+    def _open(self, submission: Submission, group: Group, known: Sequence[Restored] | None, now: float) -> None:
+        epochs = submission.epochs[group.group_id] = [one.epoch for one in known or ()] or [0] * len(group.trajectories)
+        pending = [t for t in group.trajectories if t.status is Status.PENDING]
+        submission.num_pending[group.group_id] = len(pending)
+        if not pending:
+            submission.restored.add(group.group_id)
+            self._finish_group(submission, group)
+        for trajectory in pending:
+            flight = Flight(
+                flight_id=f"{submission.handle_id}:{trajectory.trajectory_id}",
+                submission=submission,
+                group=group,
+                trajectory=trajectory,
+                submitted_at=now,
+                epoch=epochs[trajectory.sample_index],
+            )
+            submission.flights[flight.flight_id] = self._flights[flight.flight_id] = flight
+            submission.num_tokens += len(trajectory.token_ids)
+            self.counts.num_tokens_restored += len(trajectory.token_ids)
+            ended = known[trajectory.sample_index].ended if known else None
+            if ended is None:
+                self._dispatcher.add(self._job(flight), now)
+            else:
+                self._conclude(flight, ended, now)
+
+    def _job(self, flight: Flight) -> Job:
+        request, trajectory = flight.submission.request, flight.trajectory
+        self._num_submitted += 1
+        return Job(
+            job_id=flight.flight_id,
+            group_id=f"{flight.submission.handle_id}:{trajectory.group_id}",
+            prompt_key=flight.group.prompt.prompt_id,
+            order=self._num_submitted,
+            priority=request.priority,
+            num_prompt_tokens=len(trajectory.prompt_token_ids),
+            max_tokens=request.sampling.max_tokens,
+            num_tokens=len(trajectory.token_ids),
+        )
 
     def abort(self, handle_id: str, now: float) -> dict[int, list[str]]:
         """End a submission: what is queued is aborted now, what runs when its chunk comes back.
@@ -130,8 +199,8 @@ class Scheduler:
         for flight in list(submission.flights.values()):
             if flight.phase is Phase.QUEUED:
                 self._end_aborted(flight, now)
-            elif flight.phase is Phase.RUNNING and flight.shard is not None:
-                running.setdefault(flight.shard, []).append(flight.flight_id)
+            elif flight.phase is Phase.RUNNING:
+                running.setdefault(self._shard_of(flight), []).append(flight.flight_id)
         return running
 
     def progress(self, handle_id: str) -> Progress:
@@ -155,19 +224,25 @@ class Scheduler:
         assert submission is None or not submission.flights, f"{handle_id} was forgotten while pending"
 
     def next_dispatches(self, now: float) -> list[Dispatch]:
-        """Chunks to start now: lowest priority value first, then in the order of submission."""
-        dispatches: list[Dispatch] = []
-        while self._heap:
-            flight = self._flights.get(self._heap[0][2])
-            if flight is None or flight.phase is not Phase.QUEUED:
-                heapq.heappop(self._heap)
-                continue
-            shard = choose_shard(self._shards, flight.home, self._config.max_running_per_shard)
-            if shard is None:
-                break
-            heapq.heappop(self._heap)
-            dispatches.append(Dispatch(shard=shard, chunk=self._start(flight, shard, now)))
+        """Chunks to start now."""
+        dispatches = []
+        for assignment in self._dispatcher.next_assignments(now):
+            flight = self._flights[assignment.job_id]
+            chunk = self._start(flight, assignment.budget_tokens, now)
+            dispatches.append(Dispatch(shard=assignment.shard, chunk=chunk))
         return dispatches
+
+    def take_cuts(self, now: float) -> dict[int, list[str]]:
+        """Running chunks that their engines should abort now, by shard: something more urgent waits."""
+        cuts: dict[int, list[str]] = {}
+        for shard, flight_id in self._dispatcher.take_cuts(now):
+            cuts.setdefault(shard, []).append(flight_id)
+        return cuts
+
+    def take_restarts(self) -> list[Restart]:
+        """Trajectories whose tokens were dropped since the last call, in order."""
+        restarts, self._restarts = self._restarts, []
+        return restarts
 
     def take_score_jobs(self) -> list[ScoreJob]:
         """Trajectories to score, each handed out once; answer with `on_reward` or `on_reward_failed`."""
@@ -179,33 +254,76 @@ class Scheduler:
         finished, self._finished = self._finished, []
         return finished
 
-    def on_chunk(self, result: ChunkResult, now: float) -> None:
-        """A chunk came back. One that this scheduler no longer waits for is counted and ignored."""
+    def land(self, result: ChunkResult, now: float) -> Landing | None:
+        """A chunk came back: its shard is free. Returns what must be durable before `landed` is called.
+
+        None where nothing is kept: a result that nobody waits for any more (counted), a fault, or dropped tokens.
+        """
         flight = self._flights.get(result.trajectory_id)
-        if flight is None or flight.phase is not Phase.RUNNING or flight.shard != result.shard:
+        if flight is None or flight.phase is not Phase.RUNNING or self._shard_of(flight) != result.shard:
             self.counts.num_stale_results += 1
+            return None
+        num_tokens = len(result.token_ids)
+        self.counts.num_tokens_generated += num_tokens
+        job = self._dispatcher.job(flight.flight_id)
+        assert job is not None, "what runs is known to the dispatcher"
+        fault = fault_of(job.budget_tokens, result)
+        is_kept = fault is None and result.finish_reason is not FinishReason.ERROR
+        self._dispatcher.hold(flight.flight_id, num_tokens if is_kept else 0, now, duration_s=result.duration_s)
+        flight.phase = Phase.LANDING
+        if not is_kept:
+            self.counts.num_tokens_discarded += num_tokens
+            if fault is not None:
+                self._fail(flight, FailureKind.ENGINE_ERROR, fault, now)
+            else:
+                reason = f"shard {result.shard} reported an error"
+                self._retry_or_fail(flight, FailureKind.ENGINE_ERROR, reason, now)
+            return None
+        if result.finish_reason is FinishReason.ABORT and not (self._partial_rollout or flight.submission.is_aborted):
+            self.counts.num_tokens_discarded += num_tokens
+            self._drop_tokens(flight)
+            self._continue(flight, now)
+            return None
+        start, flight.landing = len(flight.trajectory.token_ids), result.finish_reason
+        self._append(flight, result)
+        return Landing(
+            flight_id=flight.flight_id,
+            run_id=flight.submission.run_id,
+            group_id=flight.trajectory.group_id,
+            sample_index=flight.trajectory.sample_index,
+            epoch=flight.epoch,
+            start=start,
+            result=result,
+        )
+
+    def landed(self, flight_id: str, now: float) -> None:
+        """The chunk that `land` returned is durable: the trajectory goes on, or has ended."""
+        flight = self._flights.get(flight_id)
+        if flight is None or flight.phase is not Phase.LANDING or flight.landing is None:
+            self.counts.num_stale_results += 1  # it failed in between
             return
-        self.counts.num_tokens_generated += len(result.token_ids)
-        self._release(flight)
-        fault = fault_of(flight, result)
-        if fault is not None:
-            self.counts.num_tokens_discarded += len(result.token_ids)
-            self._fail(flight, FailureKind.ENGINE_ERROR, fault, now)
-        elif result.finish_reason is FinishReason.ABORT:
-            self._on_aborted_chunk(flight, result, now)
-        elif result.finish_reason is FinishReason.ERROR:
-            self.counts.num_tokens_discarded += len(result.token_ids)
-            self._retry_or_fail(flight, FailureKind.ENGINE_ERROR, f"shard {result.shard} reported an error", now)
+        reason, flight.landing = flight.landing, None
+        is_full = len(flight.trajectory.token_ids) >= flight.submission.request.sampling.max_tokens
+        if reason is FinishReason.STOP or is_full:  # an abort may cross the last token on its way
+            self._dispatcher.end(flight_id)
+            self._conclude(flight, FinishReason.STOP if reason is FinishReason.STOP else FinishReason.LENGTH, now)
+        elif flight.submission.is_aborted:
+            self._end_aborted(flight, now)
         else:
-            self._on_ended_chunk(flight, result, now)
+            self._continue(flight, now)
+
+    def on_chunk(self, result: ChunkResult, now: float) -> None:
+        """`land` and `landed` in one, where nothing is made durable."""
+        landing = self.land(result, now)
+        if landing is not None:
+            self.landed(landing.flight_id, now)
 
     def on_chunk_failed(self, flight_id: str, shard: int, kind: FailureKind, reason: str, now: float) -> None:
         """Running this chunk failed for a reason that another engine would not cure; see `on_chunk`."""
         flight = self._flights.get(flight_id)
-        if flight is None or flight.phase is not Phase.RUNNING or flight.shard != shard:
+        if flight is None or flight.phase is not Phase.RUNNING or self._shard_of(flight) != shard:
             self.counts.num_stale_results += 1
             return
-        self._release(flight)
         self._fail(flight, kind, reason, now)
 
     def on_internal_error(self, flight_id: str, reason: str, now: float) -> None:
@@ -213,30 +331,59 @@ class Scheduler:
         flight = self._flights.get(flight_id)
         if flight is None:
             return
-        if flight.phase is Phase.RUNNING:
-            self._release(flight)
         self._fail(flight, FailureKind.INTERNAL, reason, now)
 
     def on_shard_death(self, shard: int, reason: str, now: float) -> None:
         """Take a shard out; its chunks run elsewhere with all tokens of earlier chunks, or fail.
 
-        With no shard left, every trajectory that still needs an engine fails.
+        With no shard left, every trajectory that still needs an engine fails, now or after `engine_wait_s`.
         """
-        load = self._shards[shard]
-        if not load.is_live:
+        if shard not in self.live_shards:
             return
-        load.is_live, self._death_reason = False, reason
-        for flight_id in sorted(load.running, key=lambda f: self._flights[f].order):
-            flight = self._flights[flight_id]
-            self._release(flight)
-            flight.home = None
-            self._retry_or_fail(flight, FailureKind.ENGINE_DEAD, reason, now)
-        if not self.live_shards:
-            self._fail_all_queued(f"no live engine: {reason}", now)
+        self._death_reason, self._died_at = reason, now
+        for flight_id in self._dispatcher.on_shard_down(shard):
+            self._retry_or_fail(self._flights[flight_id], FailureKind.ENGINE_DEAD, reason, now)
+        self.keep_house(now)
 
-    def on_shard_restart(self, shard: int) -> None:
-        """A shard that was taken out serves again, with nothing running on it."""
-        self._shards[shard] = ShardLoad()
+    def on_shard_up(self, shard: int, capacity: ShardCapacity) -> None:
+        """A shard serves: a new one, or one that was taken out, with nothing running on it."""
+        self._dispatcher.on_shard_up(shard, capacity)
+
+    def drain(self, shard: int) -> None:
+        """A shard gets nothing new, and what it runs goes on elsewhere; see `take_cuts`."""
+        self._dispatcher.drain(shard)
+
+    def keep_house(self, now: float) -> None:
+        """To be called now and then: gives up what has waited for an engine for too long."""
+        if not self.live_shards and not self._is_waiting_for_engines(now):
+            self._fail_all_queued(f"no live engine: {self._death_reason}", now)
+
+    def _is_waiting_for_engines(self, now: float) -> bool:
+        return now - self._died_at < self._engine_wait_s
+
+    def on_version(self, version: int, now: float) -> dict[int, list[str]]:
+        """New weights are live. What is too old for them is treated as configured.
+
+        Returns:
+            For each shard the flights that its engine should abort: they are too old as well.
+        """
+        self._version = version
+        running: dict[int, list[str]] = {}
+        for flight in [f for f in self._flights.values() if self._is_stale(f, version)]:
+            if flight.phase is Phase.QUEUED:
+                self._continue(flight, now)
+            elif flight.phase is Phase.RUNNING:
+                running.setdefault(self._shard_of(flight), []).append(flight.flight_id)
+        return running
+
+    def num_too_old_for(self, version: int) -> int:
+        """Trajectories that are still generated and would be too old if this version were live."""
+        phases = (Phase.QUEUED, Phase.RUNNING, Phase.LANDING)
+        return sum(f.phase in phases and self._is_stale(f, version) for f in self._flights.values())
+
+    def _is_stale(self, flight: Flight, version: int) -> bool:
+        spans, most = flight.trajectory.weight_versions, self._config.max_staleness
+        return most is not None and bool(spans) and version - spans[0].version > most
 
     def restart_queued(self, now: float) -> None:
         """Drop the tokens of queued trajectories: new weights, and partial rollouts are not wanted."""
@@ -262,38 +409,39 @@ class Scheduler:
             return
         self._fail(flight, kind, reason, now)
 
-    def _enqueue(self, flight: Flight) -> None:
-        flight.phase = Phase.QUEUED
-        self._num_queued += 1
-        heapq.heappush(self._heap, (flight.submission.request.priority, flight.order, flight.flight_id))
+    def _shard_of(self, flight: Flight) -> int:
+        job = self._dispatcher.job(flight.flight_id)
+        assert job is not None and job.shard is not None, "asked of a running flight only"
+        return job.shard
 
-    def _start(self, flight: Flight, shard: int, now: float) -> Chunk:
-        trajectory, sampling = flight.trajectory, flight.submission.request.sampling
-        remaining = sampling.max_tokens - len(trajectory.token_ids)
-        budget = min(remaining, self._config.chunk_tokens or remaining)
-        context = trajectory.prompt_token_ids + tuple(trajectory.token_ids)
-        flight.phase, flight.shard, flight.home = Phase.RUNNING, shard, shard
-        flight.budget_tokens, flight.reserved_tokens = budget, len(context) + budget
-        self._num_queued -= 1
-        load = self._shards[shard]
-        load.running.add(flight.flight_id)
-        load.reserved_tokens += flight.reserved_tokens
+    def _continue(self, flight: Flight, now: float) -> None:
+        """A trajectory needs an engine again."""
+        if self._is_stale(flight, self._version):
+            if self._config.on_stale is OnStale.DROP:
+                versions = f"begun under version {flight.trajectory.weight_versions[0].version}, now {self._version}"
+                reason = f"too stale: {versions}, max_staleness {self._config.max_staleness}"
+                self._fail(flight, FailureKind.STALE, reason, now)
+                return
+            if self._config.on_stale is OnStale.REGENERATE:
+                self.counts.num_regenerated += 1
+                self._drop_tokens(flight)
+        if flight.phase is Phase.LANDING:
+            self._dispatcher.resume(flight.flight_id)
+        flight.phase = Phase.QUEUED
+        self.keep_house(now)
+
+    def _start(self, flight: Flight, budget_tokens: int, now: float) -> Chunk:
+        trajectory = flight.trajectory
+        flight.phase = Phase.RUNNING
         trajectory.metadata.setdefault("queue_s", now - flight.submitted_at)
         return Chunk(
             trajectory_id=flight.flight_id,
-            token_ids=context,
+            token_ids=trajectory.prompt_token_ids + tuple(trajectory.token_ids),
             num_prompt_tokens=len(trajectory.prompt_token_ids),
-            max_tokens=budget,
+            max_tokens=budget_tokens,
             seed=trajectory.seed,
-            sampling=sampling,
+            sampling=flight.submission.request.sampling,
         )
-
-    def _release(self, flight: Flight) -> None:
-        assert flight.shard is not None
-        load = self._shards[flight.shard]
-        load.running.remove(flight.flight_id)
-        load.reserved_tokens -= flight.reserved_tokens
-        flight.shard, flight.reserved_tokens = None, 0
 
     def _append(self, flight: Flight, result: ChunkResult) -> None:
         flight.trajectory.append(result)
@@ -304,18 +452,6 @@ class Scheduler:
         record["shards"] = [*record.get("shards", []), result.shard]
         record["generate_s"] = record.get("generate_s", 0.0) + result.duration_s
         record["num_cached_tokens"] = record.get("num_cached_tokens", 0) + result.num_cached_tokens
-
-    def _on_ended_chunk(self, flight: Flight, result: ChunkResult, now: float) -> None:
-        self._append(flight, result)
-        trajectory, request = flight.trajectory, flight.submission.request
-        is_full = len(trajectory.token_ids) >= request.sampling.max_tokens
-        if result.finish_reason is FinishReason.LENGTH and not is_full:
-            if flight.submission.is_aborted:
-                self._end_aborted(flight, now)
-            else:
-                self._enqueue(flight)
-            return
-        self._conclude(flight, result.finish_reason, now)
 
     def _conclude(self, flight: Flight, reason: FinishReason, now: float) -> None:
         """Generation has ended by itself: score the trajectory, if it is to be scored."""
@@ -330,24 +466,6 @@ class Scheduler:
             ScoreJob(flight_id=flight.flight_id, group=flight.group, trajectory=trajectory, reward=request.reward)
         )
 
-    def _on_aborted_chunk(self, flight: Flight, result: ChunkResult, now: float) -> None:
-        if flight.submission.is_aborted:
-            self._append(flight, result)
-            self._end_aborted(flight, now)
-            return
-        if self._partial_rollout:
-            self._append(flight, result)
-        else:
-            self.counts.num_tokens_discarded += len(result.token_ids)
-            self._drop_tokens(flight)
-        is_full = len(flight.trajectory.token_ids) >= flight.submission.request.sampling.max_tokens
-        if is_full:  # the abort crossed the last token on its way
-            self._conclude(flight, FinishReason.LENGTH, now)
-        elif self.live_shards:
-            self._enqueue(flight)
-        else:
-            self._fail(flight, FailureKind.ENGINE_DEAD, f"no live engine: {self._death_reason}", now)
-
     def _retry_or_fail(self, flight: Flight, kind: FailureKind, reason: str, now: float) -> None:
         """A chunk was lost with its engine; the tokens of earlier chunks are kept."""
         if flight.submission.is_aborted:
@@ -357,7 +475,7 @@ class Scheduler:
         else:
             flight.num_retries += 1
             self.counts.num_retries += 1
-            self._enqueue(flight)
+            self._continue(flight, now)
 
     def _drop_tokens(self, flight: Flight) -> None:
         trajectory = flight.trajectory
@@ -366,6 +484,17 @@ class Scheduler:
         for tokens in (trajectory.token_ids, trajectory.logprobs, trajectory.loss_mask, trajectory.weight_versions):
             tokens.clear()
         trajectory.routed_experts = ()
+        flight.epoch += 1
+        flight.submission.epochs[trajectory.group_id][trajectory.sample_index] = flight.epoch
+        self._dispatcher.set_tokens(flight.flight_id, 0)
+        self._restarts.append(
+            Restart(
+                run_id=flight.submission.run_id,
+                group_id=trajectory.group_id,
+                sample_index=trajectory.sample_index,
+                epoch=flight.epoch,
+            )
+        )
 
     def _end_aborted(self, flight: Flight, now: float) -> None:
         flight.trajectory.finish_reason = FinishReason.ABORT
@@ -386,8 +515,7 @@ class Scheduler:
             self._fail(flight, FailureKind.ENGINE_DEAD, reason, now)
 
     def _finish(self, flight: Flight, now: float) -> None:
-        if flight.phase is Phase.QUEUED:
-            self._num_queued -= 1
+        self._dispatcher.remove(flight.flight_id)
         flight.phase = Phase.FINAL
         flight.trajectory.metadata["total_s"] = now - flight.submitted_at
         if flight.trajectory.status in (Status.COMPLETED, Status.TRUNCATED):
@@ -396,5 +524,17 @@ class Scheduler:
         del self._flights[flight.flight_id], submission.flights[flight.flight_id]
         submission.num_pending[group.group_id] -= 1
         if submission.num_pending[group.group_id] == 0:
-            submission.num_groups_pending -= 1
-            self._finished.append(FinishedGroup(handle_id=submission.handle_id, group=group))
+            self._finish_group(submission, group)
+
+    def _finish_group(self, submission: Submission, group: Group) -> None:
+        submission.num_groups_pending -= 1
+        self._finished.append(
+            FinishedGroup(
+                handle_id=submission.handle_id,
+                run_id=submission.run_id,
+                group=group,
+                epochs=tuple(submission.epochs.pop(group.group_id)),
+                is_new=group.group_id not in submission.restored,
+                is_whole=all(t.status is not Status.ABORTED for t in group.trajectories),
+            )
+        )

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from rollout.config import SchedulerConfig
 from rollout.errors import EngineDead, InvalidRequest, QueueFull, UnknownHandle
 from rollout.routing import RoutingRef, covers
+from rollout.scheduler.jobs import ShardCapacity
 from rollout.scheduler.ledger import Ledger
 from rollout.scheduler.records import Dispatch, FailureKind
 from rollout.scheduler.scheduler import Scheduler
@@ -43,7 +44,9 @@ def make_request(num_prompts=2, n=2, max_tokens=8, reward="none", priority=0, pr
 
 
 def make_scheduler(num_shards=2, partial_rollout=True, **options):
-    return Scheduler(SchedulerConfig(**options), LIMITS, list(range(num_shards)), partial_rollout=partial_rollout)
+    config = SchedulerConfig(**options)
+    capacity = ShardCapacity(max_running=config.max_running_per_shard, kv_tokens=4096)
+    return Scheduler(config, LIMITS, dict.fromkeys(range(num_shards), capacity), partial_rollout=partial_rollout)
 
 
 def answer(dispatch: Dispatch, num_tokens=None, reason=FinishReason.LENGTH, version=0):
@@ -234,7 +237,7 @@ def test_without_engines_everything_fails_and_submissions_are_refused():
     assert len(scheduler.take_finished()) == 2
     with pytest.raises(EngineDead, match="out of memory"):
         scheduler.submit("h2", make_request(), 0.0)
-    scheduler.on_shard_restart(0)
+    scheduler.on_shard_up(0, ShardCapacity(max_running=4, kv_tokens=4096))
     scheduler.submit("h2", make_request(), 0.0)
     assert len(scheduler.next_dispatches(0.0)) == 4
 

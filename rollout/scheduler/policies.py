@@ -1,0 +1,155 @@
+"""The ways to choose who runs next, where, and for how long: static, partial, divided.
+
+A policy is pure and small: it sees jobs, the shards' loads and the predictor, and keeps no queue.
+
+- static: what synchronous trainers do. Groups are dealt to the shards in turn as they arrive; trajectories run
+  whole, first come first served, as many as the engine takes; where its KV overflows the engine preempts.
+- partial: as APRIL (arXiv 2509.18521) does. Trajectories run whole on the least loaded shard; those that an
+  abort of the excess cut short are continued first.
+- divided: chunks, as Seer (arXiv 2511.14617) does. One probe of every group first, then the longest expected
+  first; a chunk starts only where its KV is reserved up to its end, so that no engine preempts; a continuation
+  returns to the shard that has its prefix unless the move pays for the prefill.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from rollout.scheduler.jobs import Job
+from rollout.scheduler.prediction import LengthPredictor
+from rollout.scheduler.shard_book import ShardBook, whole_blocks
+from rollout.scheduler.step_costs import StepCosts
+
+MIN_CHUNK_TOKENS = 64  # a shorter chunk is not worth a visit, unless it is the last of its trajectory
+PAYS = 1.5  # a move must save so many times what its prefill costs: both are estimates
+
+Key = tuple[float, float]
+
+
+class Policy(Protocol):
+    """Decides for one job at a time."""
+
+    def key(self, job: Job) -> Key:
+        """Its place in the queue among jobs of its priority; the smallest goes first."""
+
+    def chunk_tokens(self, job: Job) -> int:
+        """Most tokens of its next chunk, if there is room."""
+
+    def place(self, job: Job, *, is_queue_empty: bool) -> tuple[int, int] | None:
+        """Shard and tokens of its next chunk; None while there is no room."""
+
+
+class Whole:
+    """A part of static and partial: everything at once, KV left to the engine."""
+
+    def chunk_tokens(self, job: Job) -> int:
+        return job.remaining_tokens
+
+
+class Static(Whole):
+    """See the module."""
+
+    def __init__(self, book: ShardBook) -> None:
+        self._book = book
+        self._dealt: dict[str, int] = {}
+        self._num_dealt = 0
+
+    def key(self, job: Job) -> Key:
+        return (0.0, 0.0)
+
+    def lane(self, job: Job) -> int | None:
+        """The shard that its group was dealt to; None while no shard serves."""
+        rank = self._dealt.get(job.group_id)
+        if rank is None or not self._book[rank].is_live or self._book[rank].is_draining:
+            ranks = self._book.open
+            if not ranks:
+                return None
+            rank = self._dealt[job.group_id] = ranks[self._num_dealt % len(ranks)]
+            self._num_dealt += 1
+        return rank
+
+    def place(self, job: Job, *, is_queue_empty: bool) -> tuple[int, int] | None:
+        rank = self.lane(job)
+        return (rank, job.remaining_tokens) if rank is not None and self._book[rank].has_slot else None
+
+    def close_group(self, group_id: str) -> None:
+        self._dealt.pop(group_id, None)
+
+
+class Partial(Whole):
+    """See the module."""
+
+    def __init__(self, book: ShardBook) -> None:
+        self._book = book
+
+    def key(self, job: Job) -> Key:
+        return (0.0 if job.num_tokens else 1.0, 0.0)
+
+    def place(self, job: Job, *, is_queue_empty: bool) -> tuple[int, int] | None:
+        free = [(len(load.running), rank) for rank, load in self._book.loads() if load.has_slot]
+        return (min(free)[1], job.remaining_tokens) if free else None
+
+
+class Divided:
+    """See the module.
+
+    Args:
+        chunk_tokens: Most tokens of a chunk; None does not cut.
+        book, predictor, costs: What it reads.
+    """
+
+    def __init__(self, chunk_tokens: int | None, book: ShardBook, predictor: LengthPredictor, costs: StepCosts) -> None:
+        self._chunk_tokens = chunk_tokens
+        self._book, self._predictor, self._costs = book, predictor, costs
+
+    def key(self, job: Job) -> Key:
+        if job.is_probe and not self._predictor.is_known(job.group_id):
+            return (0.0, float(job.num_tokens))
+        # What has begun comes before its equals: it would have to be prefilled again later.
+        begun = self._chunk_tokens or 0 if job.home is not None else 0
+        return (1.0, -(self._predictor.remaining_tokens(job) + begun))
+
+    def chunk_tokens(self, job: Job) -> int:
+        return min(job.remaining_tokens, self._chunk_tokens or job.remaining_tokens)
+
+    def place(self, job: Job, *, is_queue_empty: bool) -> tuple[int, int] | None:
+        emptiest = self._book.emptiest()
+        home = job.home
+        if home is not None and self._book[home].has_slot:
+            if emptiest is not None and emptiest != home and is_queue_empty and self._pays(job, home, emptiest):
+                budget = self._budget(job, emptiest)
+                if budget:
+                    return emptiest, budget
+            budget = self._budget(job, home)
+            if budget:
+                return home, budget
+        if emptiest is None:
+            return None
+        budget = self._budget(job, emptiest)
+        return (emptiest, budget) if budget else None
+
+    def _budget(self, job: Job, rank: int) -> int:
+        """Tokens for which there is room, trimmed if need be; 0 if there is none to speak of."""
+        load, wanted = self._book[rank], self.chunk_tokens(job)
+        block = load.capacity.block_tokens
+        if whole_blocks(job.context_tokens + wanted, block) <= load.free_tokens:
+            return wanted
+        room = load.free_tokens // block * block - job.context_tokens
+        # A shard that runs nothing must not refuse for ever.
+        enough = min(MIN_CHUNK_TOKENS, wanted) if load.running else 1
+        return min(wanted, room) if room >= enough else 0
+
+    def _pays(self, job: Job, home: int, other: int) -> bool:
+        """Whether moving saves more than the prefill of its context costs, now that nothing else waits."""
+        if not self._costs.is_known:
+            return False
+        here, there = self._book[home], self._book[other]
+        if len(here.running) <= len(there.running):
+            return False
+        stay_s = self._costs.token_s(self._batch_with(home), here.reserved_tokens + job.context_tokens)
+        move_s = self._costs.token_s(self._batch_with(other), there.reserved_tokens + job.context_tokens)
+        saved_s = (stay_s - move_s) * self._predictor.remaining_tokens(job)
+        return saved_s > PAYS * self._costs.prefill_s(job.context_tokens)
+
+    def _batch_with(self, rank: int) -> int:
+        return max(self._book.batch(rank), len(self._book[rank].running) + 1)
