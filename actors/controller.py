@@ -17,12 +17,15 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any
 
 from actors.journal_keeper import JournalKeeper
+from actors.process import place_of_this_process
+from actors.publication_calls import PublicationCalls
 from actors.publications import Publications
 from actors.receivers import answer
 from actors.rewards import RewardPool, RewardTimeout
-from rollout.config import InFlight, JournalConfig, ModelConfig, OnStale, SchedulerConfig, SyncConfig
-from rollout.errors import EngineDead, InvalidRequest, RewardFailed, SyncRefused
-from rollout.fleet import Rendezvous, ServiceStats, ShardInfo, ShardStats, SyncReport
+from actors.shard_watch import ShardWatch
+from rollout.config import JournalConfig, ModelConfig, SchedulerConfig, SupervisorConfig, SyncConfig
+from rollout.errors import EngineDead, InvalidRequest, RewardFailed
+from rollout.fleet import Health, Place, ServiceStats, ShardInfo, ShardStats
 from rollout.handles import Delivery, Progress, RolloutHandle
 from rollout.rate import RateWindow
 from rollout.scheduler.jobs import ShardCapacity
@@ -30,7 +33,6 @@ from rollout.scheduler.ledger import Ledger
 from rollout.scheduler.records import Dispatch, FailureKind, FinishedGroup, ScoreJob
 from rollout.scheduler.scheduler import Scheduler
 from rollout.sync.encoding import TensorPlan
-from rollout.sync.manifest import BucketRef, Piece
 from rollout.types import ChunkResult, ModelLimits, RolloutRequest
 
 logger = logging.getLogger(__name__)
@@ -40,7 +42,7 @@ STATS_TIMEOUT_S = 5.0
 STALE_POLL_S = 0.2
 
 
-class Controller:
+class Controller(PublicationCalls):
     """Serves clients; see rollout.client for the other end of every method.
 
     Args:
@@ -52,7 +54,7 @@ class Controller:
         plans: Every tensor of the model and how it is served, for the check of publications.
         initial_version: Version of the weights that the shards loaded.
         journal: Where rollouts are made durable.
-        engine_wait_s: How long trajectories wait for an engine when none is alive.
+        supervisor: When an engine is taken for dead; None: nobody starts a dead one anew, so nobody waits for it.
     """
 
     def __init__(
@@ -65,7 +67,7 @@ class Controller:
         plans: Mapping[str, TensorPlan],
         initial_version: int = 0,
         journal: JournalConfig | None = None,
-        engine_wait_s: float = 0.0,
+        supervisor: SupervisorConfig | None = None,
     ) -> None:
         self._config, self._sync, self._plans = config, sync, dict(plans)
         self._shards = {info.rank: shard for info, shard in zip(infos, shards, strict=True)}
@@ -79,13 +81,14 @@ class Controller:
             self._limits,
             self._capacities,
             partial_rollout=sync.partial_rollout,
-            engine_wait_s=engine_wait_s,
+            engine_wait_s=supervisor.engine_wait_s if supervisor else 0.0,
             version=initial_version,
         )
         self._keeper = JournalKeeper(journal or JournalConfig())
         self._ledger = Ledger(config.client_timeout_s)
         self._rewards = RewardPool(model, config.num_reward_workers, config.reward_timeout_s)
         self._publications = Publications(self._shards, infos, plans, sync, initial_version, self._on_lost_shards)
+        self._watch = ShardWatch((supervisor or SupervisorConfig()).hang_timeout_s)
         self._events: dict[str, asyncio.Event] = {}
         self._aborting: set[str] = set()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -97,6 +100,15 @@ class Controller:
     async def start(self) -> None:
         """Begin housekeeping; called once, by whoever made this actor."""
         self._spawn(self._keep_house(), "housekeeping", lambda reason: None)
+
+    async def health(self) -> Health:
+        """Which groups are dead, for a supervisor."""
+        live = {self._groups[rank] for rank in self._scheduler.live_shards}
+        return Health(dead_groups=tuple(sorted(set(self._groups.values()) - live)))
+
+    async def place(self) -> Place:
+        """This actor's process."""
+        return place_of_this_process()
 
     async def limits(self) -> ModelLimits:
         return self._limits
@@ -196,80 +208,6 @@ class Controller:
         self._ledger.touch(handle_id, time.monotonic())
         return self._scheduler.progress(handle_id)
 
-    async def num_workers(self) -> int:
-        """Devices that receive weights: worker processes of all shards."""
-        return self._publications.num_workers
-
-    async def served_plans(self) -> dict[str, TensorPlan]:
-        """How every tensor of the model is served."""
-        return self._plans
-
-    async def live_version(self) -> int:
-        """The version that is served."""
-        return self._publications.live_version
-
-    async def open_transport(self, rendezvous: Rendezvous, world_size: int) -> None:
-        """Let all workers join the trainer's broadcast group, before a publication."""
-        await self._publications.open_transport(rendezvous, world_size)
-
-    async def begin_publish(self, version: int, base: int | None, pieces: Sequence[tuple[int, Piece]]) -> int:
-        """Open a publication; returns its attempt number. See Publisher.begin."""
-        return await self._publications.begin(version, base, pieces)
-
-    async def publish_bucket(self, ref: BucketRef, payload: Sequence[Any] = ()) -> None:
-        """One bucket to every shard.
-
-        Args:
-            ref: The bucket.
-            payload: One reference to its bytes in Ray's object store, when they travel that way. In a sequence,
-                so that Ray hands on the reference instead of the bytes.
-        """
-        await self._publications.stage(ref, payload[0] if payload else None)
-
-    async def commit_publish(self, version: int, in_flight: InFlight | None = None) -> SyncReport:
-        """Flip all shards (see Publisher.commit). With a pause nothing is dispatched until it is over."""
-        await self._wait_for_the_old(version)
-        mode = in_flight or self._sync.in_flight
-        is_paused = mode is not InFlight.KEEP
-        self._num_flips_under_way += is_paused
-        try:
-            report = await self._publications.commit(version, mode)
-            if mode is InFlight.ABORT and not self._sync.partial_rollout:
-                self._scheduler.restart_queued(time.monotonic())
-            for rank, flight_ids in self._scheduler.on_version(version, time.monotonic()).items():
-                self._spawn_abort(rank, flight_ids)
-            return report
-        finally:
-            self._num_flips_under_way -= is_paused
-            self._pump()
-
-    async def _wait_for_the_old(self, version: int) -> None:
-        """With on_stale = wait, a version waits for the trajectories that it would make too old."""
-        deadline = time.monotonic() + self._sync.drain_timeout_s
-        while self._config.on_stale is OnStale.WAIT and (num_old := self._scheduler.num_too_old_for(version)):
-            if time.monotonic() > deadline:
-                raise SyncRefused(
-                    f"version {version}: {num_old} trajectories would be older than scheduler.max_staleness = "
-                    f"{self._config.max_staleness}, and did not end within sync.drain_timeout_s"
-                )
-            await asyncio.sleep(STALE_POLL_S)
-
-    async def abandon_publish(self, version: int) -> None:
-        await self._publications.abandon(version)
-
-    async def remember_snapshot(self, version: int, refs: Sequence[BucketRef]) -> None:
-        """Where all bytes of a version can be had, for a shard that joins late; the senders keep them."""
-        self._publications.remember(version, refs)
-
-    async def rejoin(self, shards: Mapping[int, Any]) -> None:
-        """Take back the shards of a group that were started anew; see Publications.rejoin."""
-        await self._publications.rejoin(shards)
-        for rank, shard in shards.items():
-            self._shards[rank] = shard
-            self._scheduler.on_shard_up(rank, self._capacities[rank])
-        logger.info("shards %s serve again, at version %d", sorted(shards), self._publications.live_version)
-        self._pump()
-
     async def stats(self) -> ServiceStats:
         now, counts = time.monotonic(), self._scheduler.counts
         self._rate.sample(now, counts.num_tokens_generated)
@@ -288,6 +226,12 @@ class Controller:
             num_clients=self._ledger.num_clients,
             num_retries=counts.num_retries,
             num_groups_expired=self._num_groups_expired,
+            num_chunks=self._scheduler.dispatch_counts.num_chunks,
+            num_migrations=self._scheduler.dispatch_counts.num_migrations,
+            num_cuts=self._scheduler.dispatch_counts.num_cuts,
+            num_regenerated=counts.num_regenerated,
+            num_tokens_restored=counts.num_tokens_restored,
+            num_journal_waits=self._keeper.num_waits,
             num_internal_errors=self._num_internal_errors,
             shards=await self._shard_stats(),
         )
@@ -424,6 +368,10 @@ class Controller:
             self._abort(handle_id)
         self._rate.sample(now, self._scheduler.counts.num_tokens_generated)
         self._scheduler.keep_house(now)
+        live = {rank: self._shards[rank] for rank in self._scheduler.live_shards}
+        busy = {rank for rank in live if self._scheduler.running_on(rank)}
+        for rank in self._watch.look(live, busy, now):
+            self._on_shard_death(rank, "its engine made no step for supervisor.hang_timeout_s")
         self._pump()
 
     async def _shard_stats(self) -> tuple[ShardStats, ...]:

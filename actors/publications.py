@@ -6,10 +6,12 @@ Owns the receivers, the snapshot for shards that join late, and the counts. How 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Coroutine, Mapping, Sequence
 from typing import Any
 
 from actors.receivers import ShardReceiver
+from actors.snapshot_store import load_snapshot, save_snapshot
 from rollout.config import InFlight, SyncConfig
 from rollout.errors import EngineDead, SyncRefused
 from rollout.fleet import Rendezvous, ShardInfo, SyncReport
@@ -45,9 +47,15 @@ class Publications:
         self._receivers = {rank: ShardReceiver(shard, left[rank]) for rank, shard in sorted(shards.items())}
         groups = {info.rank: info.group for info in infos}
         self._publisher = Publisher(
-            self._receivers, groups, plans, config, live_version=initial_version, on_dead=on_lost
+            self._receivers,
+            groups,
+            plans,
+            config,
+            live_version=initial_version,
+            on_dead=on_lost,
+            num_attempts=time.time_ns() // 1_000_000,  # above those of a controller that was here before
         )
-        self._snapshot: tuple[int, tuple[BucketRef, ...]] = (initial_version, ())
+        self._snapshot = (initial_version, load_snapshot(initial_version))
         self.num_syncs = self.num_refused = 0
 
     @property
@@ -85,6 +93,7 @@ class Publications:
     def remember(self, version: int, refs: Sequence[BucketRef]) -> None:
         """Where all bytes of a version can be had; the senders keep them."""
         self._snapshot = (version, tuple(refs))
+        save_snapshot(version, refs)
 
     def lose(self, rank: int) -> None:
         """A shard is gone, and its group with it."""

@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import ray
@@ -17,19 +18,28 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from actors.controller import Controller
+from actors.process import kill_process
 from rollout.client import RolloutClient
-from rollout.config import ClusterConfig, EngineConfig, JournalConfig, ModelConfig, SchedulerConfig, SyncConfig
+from rollout.config import (
+    ClusterConfig,
+    EngineConfig,
+    JournalConfig,
+    ModelConfig,
+    SchedulerConfig,
+    SupervisorConfig,
+    SyncConfig,
+)
 from rollout.errors import EngineDead, InvalidRequest, LongrollError, ServiceLost
-from rollout.fleet import Rendezvous, ShardInfo
+from rollout.fleet import CONTROLLER_NAME, Place, Rendezvous, ShardInfo
 from rollout.remote import client_error
 from rollout.sync.checkpoint_names import checkpoint_specs
 from rollout.sync.encoding import TensorPlan, plan_tensors
 from rollout.sync.segments import sweep
 
 logger = logging.getLogger(__name__)
-CONTROLLER_NAME = "longroll-controller"
 CONTROLLER_CONCURRENCY = 4096  # every long poll holds one place
 SHUTDOWN_TIMEOUT_S = 30.0
+ANSWER_TIMEOUT_S = 20.0
 StartCallback = Callable[[int, int], None]
 """Called with shards ready and shards in all."""
 
@@ -44,6 +54,7 @@ class ShardParts:
     sync: SyncConfig
     cluster: ClusterConfig
     journal: JournalConfig
+    supervisor: SupervisorConfig | None
     initial_version: int
     shard_class: type | None
 
@@ -79,11 +90,17 @@ class Service:
     parts: ShardParts | None = None
     plans: dict[str, TensorPlan] = field(default_factory=dict)
     bucket_bytes: int = SyncConfig().bucket_bytes
+    _controller_place: Place | None = None
 
     @property
     def client(self) -> RolloutClient:
         """A new client of this service."""
-        return RolloutClient(self.controller, self.bucket_bytes)
+        find = partial(ray.get_actor, CONTROLLER_NAME, namespace=self.namespace)
+        return RolloutClient(self.controller, self.bucket_bytes, find=find if self._is_supervised else None)
+
+    @property
+    def _is_supervised(self) -> bool:
+        return self.parts is not None and self.parts.supervisor is not None
 
     def __enter__(self) -> Service:
         return self
@@ -102,6 +119,9 @@ class Service:
         engine = self.parts.engine
         ranks = range(group * engine.num_shards, (group + 1) * engine.num_shards)
         for rank in ranks:
+            place = self.infos[rank].place
+            if place is not None:  # a process that is stopped does not hear Ray
+                kill_process(place)
             ray.kill(self.shards[rank])
             self.shards[rank] = self.parts.make_shard(rank, self.placement)
         try:
@@ -111,8 +131,29 @@ class Service:
             raise client_error(error) from (error.__cause__ if isinstance(error, LongrollError) else None)
         self.infos = [*self.infos[: ranks.start], *infos, *self.infos[ranks.stop :]]
 
-    def start_controller(self) -> None:
-        """Make the controller; also a new one in place of one that died, which goes on from the journal.
+    def replace_controller(self) -> None:
+        """Make a new controller in place of one that died or hangs; clients find it by its name.
+
+        The groups of shards that all serve the newest version go on with it; others must be restarted.
+
+        Raises:
+            EngineDead: No shard answers.
+            JournalError: The journal cannot be opened.
+        """
+        if self._controller_place is not None:
+            kill_process(self._controller_place)
+        ray.kill(self.controller)
+        versions = _live_versions(self.shards)
+        if not versions:
+            raise EngineDead("new controller: got no answer from any shard, expected some to be alive")
+        live = max(versions.values())
+        _settle([self.shards[rank].abort_all.remote() for rank in versions], "a shard")  # nobody waits for it
+        self.start_controller(live)
+        lost = [info.rank for info in self.infos if versions.get(info.rank) != live]
+        ray.get(self.controller.lose.remote(lost, "it does not serve the newest version, or gave no answer"))
+
+    def start_controller(self, version: int | None = None) -> None:
+        """Make the controller, for shards that serve this version; None = the model directory's.
 
         Raises:
             JournalError: The journal cannot be opened.
@@ -129,10 +170,12 @@ class Service:
             self.shards,
             self.infos,
             self.plans,
-            parts.initial_version,
+            parts.initial_version if version is None else version,
             parts.journal,
+            parts.supervisor,
         )
         ray.get(self.controller.start.remote())
+        self._controller_place = ray.get(self.controller.place.remote())
 
     def stop(self) -> None:
         """Shut down controller and shards, then kill their actors; may be called again."""
@@ -160,6 +203,7 @@ def start_service(
     initial_version: int = 0,
     shard_class: type | None = None,
     journal: JournalConfig | None = None,
+    supervisor: SupervisorConfig | None = None,
 ) -> Service:
     """Start all shards of all expert-parallel groups and their controller.
 
@@ -168,6 +212,7 @@ def start_service(
         initial_version: Version of the weights in the model directory.
         shard_class: Class of the shard actors; None = actors.shard.Shard.
         journal: Where rollouts are made durable; None = nowhere.
+        supervisor: What the service's supervisor will do (see actors.supervisor); None: there will be none.
 
     Raises:
         InvalidRequest: The model directory or the configuration is wrong.
@@ -190,6 +235,7 @@ def start_service(
             sync=sync,
             cluster=cluster,
             journal=journal or JournalConfig(),
+            supervisor=supervisor,
             initial_version=initial_version,
             shard_class=shard_class,
         )
@@ -317,6 +363,19 @@ def _start_shards(shards: list[Any], engine: EngineConfig, on_progress: StartCal
         if on_progress is not None and ready:
             on_progress(len(infos), len(shards))
     return [infos[rank] for rank in range(len(shards))]
+
+
+def _live_versions(shards: list[Any]) -> dict[int, int]:
+    """Live version of every shard that answers, by rank."""
+    waiting = {shard.live_version.remote(): rank for rank, shard in enumerate(shards)}
+    ready, _ = ray.wait(list(waiting), num_returns=len(waiting), timeout=ANSWER_TIMEOUT_S)
+    versions = {}
+    for reference in ready:
+        try:
+            versions[waiting[reference]] = ray.get(reference)
+        except Exception as error:  # whatever it is, this shard does not serve
+            logger.warning("shard %d: %s", waiting[reference], client_error(error))
+    return versions
 
 
 def _settle(references: list[Any], what: str) -> None:

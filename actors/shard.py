@@ -19,6 +19,7 @@ import torch
 from actors import routing_store
 from actors.engine_args import engine_args
 from actors.ports import free_port
+from actors.process import place_of_this_process
 from actors.vllm_plugin import SEED_KEY
 from actors.vllm_plugin.control import ControlLine
 from actors.vllm_plugin.routing import routing_args
@@ -109,6 +110,7 @@ class Shard:
             max_model_len=config.model_config.max_model_len,
             num_workers=config.parallel_config.world_size,
             block_tokens=config.cache_config.block_size,
+            place=place_of_this_process(),
         )
 
     def _set_environment(self) -> None:
@@ -221,6 +223,15 @@ class Shard:
         request_ids = [self._running[t] for t in trajectory_ids if t in self._running]
         if request_ids:
             await self._call(self._engine.abort(request_ids))
+
+    async def abort_all(self) -> None:
+        """End everything that runs here: whoever asked for it is gone."""
+        await self.abort(list(self._running))
+
+    async def num_steps(self) -> int:
+        """Steps of the engine that have delivered something; while it is busy it grows, or the engine hangs."""
+        num_steps: int = self._stats.num_steps
+        return num_steps
 
     async def begin(self, attempt: int, version: int, base: int | None) -> None:
         """Prepare every worker for a publication. Raises SyncRefused on a fault, as all of these do."""

@@ -15,6 +15,7 @@ class LastStats:
     def __init__(self) -> None:
         self.last = SchedulerStats()
         self.num_preemptions = 0
+        self.num_steps = 0
         self.kv_usage_max = 0.0  # since the weights last changed
 
     def factory(self, vllm_config: VllmConfig, engine_index: int = 0) -> StatLoggerBase:
@@ -33,6 +34,7 @@ class _Recorder(StatLoggerBase):
         mm_cache_stats: Any = None,
         engine_idx: int = 0,
     ) -> None:
+        self._target.num_steps += 1
         if scheduler_stats is not None:
             self._target.last = scheduler_stats
             self._target.kv_usage_max = max(self._target.kv_usage_max, scheduler_stats.kv_cache_usage)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import ray
 from ray.actor import ActorHandle
 
-from rollout.fleet import Rendezvous, SyncReport
-from rollout.remote import original_error
+from rollout.errors import ServiceLost, SyncRefused
+from rollout.fleet import CONTROLLER_NAME, Rendezvous, SyncReport
+from rollout.remote import client_error, find_again
 from rollout.sync.manifest import BucketRef, Piece
 
 
@@ -44,6 +46,7 @@ class ControllerReceiver:
 
     def __init__(self, controller: ActorHandle, timeout_s: float) -> None:
         self._controller = controller
+        self._find = partial(ray.get_actor, CONTROLLER_NAME)
         self._timeout_s = timeout_s
 
     def live_version(self) -> int:
@@ -78,7 +81,10 @@ class ControllerReceiver:
         try:
             return ray.get(reference, timeout=self._timeout_s)
         except Exception as error:  # every error is passed on
-            original = original_error(error)
-            if original is error:
+            known = client_error(error)
+            if isinstance(known, ServiceLost):
+                self._controller = find_again(self._find, self._controller, known)
+                raise SyncRefused("the controller died during a publication; another one has taken its place") from None
+            if known is error:
                 raise
-            raise original from None
+            raise known from None

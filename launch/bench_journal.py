@@ -50,7 +50,7 @@ class Options:
         synchronous: full or normal.
         group_commit_ms: As in JournalConfig.
         chunk_tokens: Sizes of chunks.
-        tokens: Written with each size.
+        tokens: Written with each size; more than fits SQLite's log, so that copying it into the file is included.
         in_flight: Trajectories that append at the same time.
         prompt_tokens: Of each group.
         trajectories, recovery_chunks: Written for recovery, in chunks of the first size.
@@ -63,7 +63,7 @@ class Options:
     synchronous: str = "full"
     group_commit_ms: float = 5.0
     chunk_tokens: tuple[int, ...] = (2048, 64)
-    tokens: int = 4_000_000
+    tokens: int = 16_000_000
     in_flight: int = 256
     prompt_tokens: int = 512
     trajectories: int = 10_000

@@ -14,7 +14,7 @@ import sys
 import time
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ import ray
 from omegaconf import OmegaConf
 
 from actors.service import Service, start_service
+from actors.supervisor import Supervisor
 from actors.trainer_group import TrainerGroup
 from launch.cluster import absolute_dsn, model_path, run_directory, start_ray
 from launch.compose import compose, model_directory, to_yaml
@@ -35,10 +36,13 @@ from launch.step_statistics import StepTimes, step_record
 from launch.summary import Summary, summarise
 from launch.workload import Workload
 from rollout.client import RolloutClient
-from rollout.config import RunConfig
+from rollout.config import RunConfig, SupervisorConfig
 from rollout.cursor import Cursor
-from rollout.errors import CheckpointBroken, InvalidRequest, LongrollError
+from rollout.errors import CheckpointBroken, EngineDead, InvalidRequest, LongrollError, SyncRefused
+from rollout.fleet import SyncReport
 from rollout.types import Group, SamplingParams
+
+MAX_REFUSALS = 3  # of a publication, in a row
 
 
 def train(config: RunConfig, run_dir: Path, monitor: Monitor) -> Summary:
@@ -47,13 +51,14 @@ def train(config: RunConfig, run_dir: Path, monitor: Monitor) -> Summary:
     workload, history = Workload(config.workload, config.model, config.trainer.seed), History(run_dir / "steps.jsonl")
     with (
         service_of(config, monitor) as service,
+        supervised(service, config.supervisor, monitor),
         trainers_of(config, run_dir, service.controller) as trainers,
     ):
         client = service.client
         start_s = time.monotonic() - began
         monitor.say(f"{len(service.infos)} shards, {config.trainer.num_ranks} trainer ranks ready in {start_s:.0f} s")
         run_id = run_id_of(config, run_dir)
-        cursor = resume(config, trainers, history, monitor)
+        cursor = resume(config, client, trainers, history, monitor)
         client.acknowledge_groups(run_id, cursor.learned, f"step {cursor.step}")  # in case it died before it could
         learned: list[str] = []
         before = evaluation_before(config, run_dir, client, workload, cursor, monitor)
@@ -67,7 +72,7 @@ def train(config: RunConfig, run_dir: Path, monitor: Monitor) -> Summary:
             with timed(times, "train_s"), monitor.phase("train"):
                 metrics = trainers.train_step(groups)
             with timed(times, "sync_s"), monitor.phase("sync"):
-                report = trainers.publish()
+                report = publish(config, client, trainers, monitor)
             learned += [group.group_id for group in groups]
             cursor = after_step(cursor, asked, groups, trainers.version, learned)
             is_last = step == config.trainer.num_steps
@@ -183,13 +188,36 @@ def evaluation_before(
     return before
 
 
-def resume(config: RunConfig, trainers: TrainerGroup, history: History, monitor: Monitor) -> Cursor:
+def publish(config: RunConfig, client: RolloutClient, trainers: TrainerGroup, monitor: Monitor) -> SyncReport:
+    """Publish, again if something died meanwhile that a supervisor brings back.
+
+    Raises:
+        SyncRefused: More than MAX_REFUSALS times: it is not a death that is in the way.
+        EngineDead: No engine came back within supervisor.engine_wait_s.
+    """
+    deadline, num_refused = time.monotonic() + config.supervisor.engine_wait_s, 0
+    while True:
+        try:
+            return trainers.publish()
+        except (SyncRefused, EngineDead) as error:
+            num_refused += isinstance(error, SyncRefused)
+            if not config.supervisor.enabled or num_refused > MAX_REFUSALS or time.monotonic() > deadline:
+                raise
+            monitor.say(f"version {trainers.version} was not published, trying again: {error}")
+        time.sleep(config.supervisor.check_every_s)
+        if client.stats().live_version == trainers.version:  # only the answer was lost
+            return SyncReport.unknown(trainers.version)
+
+
+def resume(
+    config: RunConfig, client: RolloutClient, trainers: TrainerGroup, history: History, monitor: Monitor
+) -> Cursor:
     """Load the newest checkpoint and bring the fresh shards to its version."""
     cursor = trainers.load_latest() if config.resume else None
     history.restore(cursor.step if cursor is not None else 0)
     if cursor is None:
         return Cursor(step=0, version=0, data_cursor=0)
-    trainers.publish()
+    publish(config, client, trainers, monitor)
     monitor.say(f"resumed after step {cursor.step}")
     return cursor
 
@@ -225,8 +253,13 @@ def service_of(config: RunConfig, monitor: Monitor) -> Service:
         config.sync,
         config.cluster,
         journal=config.journal,
+        supervisor=config.supervisor if config.supervisor.enabled else None,
         on_progress=lambda ready, total: monitor.say(f"shards ready {ready}/{total}"),
     )
+
+
+def supervised(service: Service, config: SupervisorConfig, monitor: Monitor) -> AbstractContextManager[object]:
+    return Supervisor(service, config, monitor.say) if config.enabled else nullcontext()
 
 
 @contextmanager

@@ -5,20 +5,21 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
-from rollout.client import MAX_GROUPS_PER_CALL, POLL_S, ProgressCallback, Reader
-from rollout.errors import LongrollError, SyncRefused, UnknownHandle
+from rollout.client import MAX_GROUPS_PER_CALL, POLL_S, REPEATABLE, ProgressCallback
+from rollout.errors import LongrollError, ServiceLost, SyncRefused, UnknownHandle
 from rollout.fleet import ServiceStats, SyncReport
 from rollout.handles import Delivery, Progress, RolloutHandle
-from rollout.remote import client_error
+from rollout.reading import Reader, Reading
+from rollout.remote import client_error, find_again
 from rollout.requests import PromptLike, build_request
 from rollout.sync.encoding import TensorPlan
 from rollout.sync.manifest import BucketRef, Piece
 from rollout.sync.outgoing import DEFAULT_BUCKET_BYTES, OutgoingVersion, PublishedVersion, Weights
 from rollout.sync.segments import unlink
-from rollout.types import Group, ModelLimits, SamplingParams
+from rollout.types import Group, ModelLimits, RolloutRequest, SamplingParams
 
 
 class AsyncRolloutClient:
@@ -28,9 +29,18 @@ class AsyncRolloutClient:
         controller: Actor handle of the controller (see actors.service.connect).
         bucket_bytes: Largest piece of a publication in shared memory at once.
         send_changes: Keep what was published last, in the served encoding, and send only what changed.
+        find: Finds the controller that took the place of one that died, raising ValueError while there is none;
+            None where nobody replaces it.
     """
 
-    def __init__(self, controller: Any, bucket_bytes: int = DEFAULT_BUCKET_BYTES, send_changes: bool = False) -> None:
+    def __init__(
+        self,
+        controller: Any,
+        bucket_bytes: int = DEFAULT_BUCKET_BYTES,
+        send_changes: bool = False,
+        find: Callable[[], Any] | None = None,
+    ) -> None:
+        self._find = find
         self._controller, self._bucket_bytes, self._send_changes = controller, bucket_bytes, send_changes
         self._plans: dict[str, TensorPlan] | None = None
         self._published: PublishedVersion | None = None
@@ -67,27 +77,44 @@ class AsyncRolloutClient:
             limits=self._limits,
             submission=submission,
         )
-        handle: RolloutHandle = await self._call("submit", request, self._client_id)
+        handle = await self._submit(request)
+        self._reader.opened(handle, request)
+        return handle
+
+    async def _submit(self, request: RolloutRequest) -> RolloutHandle:
+        """May be made again where the controller died over it: its run and group ids make it the same one."""
+        may_repeat = request.run_id is not None
+        handle: RolloutHandle = await self._call("submit", request, self._client_id, may_repeat=may_repeat)
         return handle
 
     async def groups(self, handle: RolloutHandle) -> AsyncIterator[Group]:
         """Iterate over the groups of a submission as they complete; see RolloutClient.groups."""
+        reading = self._reader.of(handle)
         while True:
-            delivery: Delivery = await self._call(
-                "next_groups", handle.handle_id, MAX_GROUPS_PER_CALL, POLL_S, self._reader.acknowledged(handle)
-            )
-            taken = self._reader.restart(handle)
-            for group in delivery.groups:
-                taken.append(group.group_id)
-                if delivery.is_done and len(taken) == len(delivery.groups):
-                    # Before the yield: a caller that knows the number of groups never comes back.
-                    with contextlib.suppress(UnknownHandle):  # closed by an answer that was lost
-                        await self._call("acknowledge", handle.handle_id, tuple(taken))
-                    self._reader.forget(handle)
+            try:
+                delivery: Delivery = await self._call(
+                    "next_groups", reading.handle.handle_id, MAX_GROUPS_PER_CALL, POLL_S, tuple(reading.taken)
+                )
+            except (ServiceLost, UnknownHandle):
+                if reading.request is None:
+                    raise
+                reading.again(await self._submit(reading.request))
+                continue
+            for group, is_last in reading.new_groups(delivery):
+                if is_last:  # before the yield: a caller that knows the number of groups never comes back
+                    await self._close(handle, reading)
                 yield group
             if delivery.is_done:
-                self._reader.forget(handle)
+                await self._close(handle, reading)
                 return
+
+    async def _close(self, handle: RolloutHandle, reading: Reading) -> None:
+        """Everything was read: acknowledge the rest, which closes the submission."""
+        self._reader.forget(handle)
+        if reading.taken:
+            with contextlib.suppress(UnknownHandle, ServiceLost):  # closed by an answer that was lost
+                await self._call("acknowledge", reading.handle.handle_id, tuple(reading.taken))
+            reading.taken = []
 
     async def rollout(
         self,
@@ -120,7 +147,7 @@ class AsyncRolloutClient:
 
     async def abort(self, handle: RolloutHandle) -> None:
         """Give up what is unfinished; every group of the handle can still be read."""
-        await self._call("abort", handle.handle_id)
+        await self._call("abort", self._reader.of(handle).handle.handle_id)
 
     async def acknowledge_groups(self, run_id: str, group_ids: Sequence[str], checkpoint: str) -> int:
         """A checkpoint that is safe has learned from these groups; see RolloutClient.acknowledge_groups."""
@@ -128,7 +155,7 @@ class AsyncRolloutClient:
         return num_new
 
     async def progress(self, handle: RolloutHandle) -> Progress:
-        progress: Progress = await self._call("progress", handle.handle_id)
+        progress: Progress = await self._call("progress", self._reader.of(handle).handle.handle_id)
         return progress
 
     async def stats(self) -> ServiceStats:
@@ -181,8 +208,14 @@ class AsyncRolloutClient:
     async def abandon_publish(self, version: int) -> None:
         await self._call("abandon_publish", version)
 
-    async def _call(self, method: str, *args: Any) -> Any:
-        try:
-            return await getattr(self._controller, method).remote(*args)
-        except Exception as error:  # every error is passed on, in its own class
-            raise client_error(error) from None
+    async def _call(self, method: str, *args: Any, may_repeat: bool = False) -> Any:
+        while True:
+            try:
+                return await getattr(self._controller, method).remote(*args)
+            except Exception as error:  # every error is passed on, in its own class
+                known = client_error(error)
+                if not isinstance(known, ServiceLost) or self._find is None:
+                    raise known from None
+                self._controller = await asyncio.to_thread(find_again, self._find, self._controller, known)
+                if not may_repeat and method not in REPEATABLE:
+                    raise known from None

@@ -12,39 +12,24 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from rollout.errors import LongrollError, SyncRefused, UnknownHandle
+from rollout.errors import LongrollError, ServiceLost, SyncRefused, UnknownHandle
 from rollout.fleet import ServiceStats, SyncReport
 from rollout.handles import Delivery, Progress, RolloutHandle
-from rollout.remote import client_error
+from rollout.reading import Reader, Reading
+from rollout.remote import client_error, find_again
 from rollout.requests import PromptLike, build_request
 from rollout.sync.encoding import TensorPlan
 from rollout.sync.manifest import BucketRef, Piece
 from rollout.sync.outgoing import DEFAULT_BUCKET_BYTES, OutgoingVersion, PublishedVersion, Weights
 from rollout.sync.segments import unlink
-from rollout.types import Group, ModelLimits, SamplingParams
+from rollout.types import Group, ModelLimits, RolloutRequest, SamplingParams
 
 POLL_S = 30.0
+REPEATABLE = frozenset({"limits", "stats", "live_version", "num_workers", "served_plans", "acknowledge_groups"})
+"""Calls that do the same when they are made twice, so that the death of a controller in between is nobody's concern."""
 MAX_GROUPS_PER_CALL = 64
 ProgressCallback = Callable[[int, int, int], None]
 """Called with groups done, groups in all, and tokens of the groups that are done."""
-
-
-class Reader:
-    """Remembers which groups of a handle the caller has had, until the controller knows it too."""
-
-    def __init__(self) -> None:
-        self._taken: dict[str, list[str]] = {}
-
-    def acknowledged(self, handle: RolloutHandle) -> tuple[str, ...]:
-        return tuple(self._taken.get(handle.handle_id, ()))
-
-    def restart(self, handle: RolloutHandle) -> list[str]:
-        taken: list[str] = []
-        self._taken[handle.handle_id] = taken
-        return taken
-
-    def forget(self, handle: RolloutHandle) -> None:
-        self._taken.pop(handle.handle_id, None)
 
 
 class RolloutClient:
@@ -54,9 +39,18 @@ class RolloutClient:
         controller: Actor handle of the controller (see actors.service.connect).
         bucket_bytes: Largest piece of a publication in shared memory at once.
         send_changes: Keep what was published last, in the served encoding, and send only what changed.
+        find: Finds the controller that took the place of one that died, raising ValueError while there is none;
+            None where nobody replaces it.
     """
 
-    def __init__(self, controller: Any, bucket_bytes: int = DEFAULT_BUCKET_BYTES, send_changes: bool = False) -> None:
+    def __init__(
+        self,
+        controller: Any,
+        bucket_bytes: int = DEFAULT_BUCKET_BYTES,
+        send_changes: bool = False,
+        find: Callable[[], Any] | None = None,
+    ) -> None:
+        self._find = find
         self._controller, self._bucket_bytes, self._send_changes = controller, bucket_bytes, send_changes
         self._plans: dict[str, TensorPlan] | None = None
         self._published: PublishedVersion | None = None
@@ -114,7 +108,14 @@ class RolloutClient:
             submission=self._num_submitted,
         )
         self._num_submitted += 1
-        handle: RolloutHandle = self._call("submit", request, self._client_id)
+        handle = self._submit(request)
+        self._reader.opened(handle, request)
+        return handle
+
+    def _submit(self, request: RolloutRequest) -> RolloutHandle:
+        """May be made again where the controller died over it: its run and group ids make it the same one."""
+        may_repeat = request.run_id is not None
+        handle: RolloutHandle = self._call("submit", request, self._client_id, may_repeat=may_repeat)
         return handle
 
     def groups(self, handle: RolloutHandle) -> Iterator[Group]:
@@ -123,22 +124,32 @@ class RolloutClient:
         A group counts as received once it was yielded, also if the caller stops there and iterates
         again later. Failed and aborted trajectories are part of their group; see their status.
         """
+        reading = self._reader.of(handle)
         while True:
-            delivery: Delivery = self._call(
-                "next_groups", handle.handle_id, MAX_GROUPS_PER_CALL, POLL_S, self._reader.acknowledged(handle)
-            )
-            taken = self._reader.restart(handle)
-            for group in delivery.groups:
-                taken.append(group.group_id)
-                if delivery.is_done and len(taken) == len(delivery.groups):
-                    # Before the yield: a caller that knows the number of groups never comes back.
-                    with contextlib.suppress(UnknownHandle):  # closed by an answer that was lost
-                        self._call("acknowledge", handle.handle_id, tuple(taken))
-                    self._reader.forget(handle)
+            try:
+                delivery: Delivery = self._call(
+                    "next_groups", reading.handle.handle_id, MAX_GROUPS_PER_CALL, POLL_S, tuple(reading.taken)
+                )
+            except (ServiceLost, UnknownHandle):
+                if reading.request is None:
+                    raise
+                reading.again(self._submit(reading.request))
+                continue
+            for group, is_last in reading.new_groups(delivery):
+                if is_last:  # before the yield: a caller that knows the number of groups never comes back
+                    self._close(handle, reading)
                 yield group
             if delivery.is_done:
-                self._reader.forget(handle)
+                self._close(handle, reading)
                 return
+
+    def _close(self, handle: RolloutHandle, reading: Reading) -> None:
+        """Everything was read: acknowledge the rest, which closes the submission."""
+        self._reader.forget(handle)
+        if reading.taken:
+            with contextlib.suppress(UnknownHandle, ServiceLost):  # closed by an answer that was lost
+                self._call("acknowledge", reading.handle.handle_id, tuple(reading.taken))
+            reading.taken = []
 
     def rollout(
         self,
@@ -171,7 +182,7 @@ class RolloutClient:
 
     def abort(self, handle: RolloutHandle) -> None:
         """Give up what is unfinished; every group of the handle can still be read."""
-        self._call("abort", handle.handle_id)
+        self._call("abort", self._reader.of(handle).handle.handle_id)
 
     def acknowledge_groups(self, run_id: str, group_ids: Sequence[str], checkpoint: str) -> int:
         """A checkpoint that is safe has learned from these groups: they are never delivered again.
@@ -186,7 +197,7 @@ class RolloutClient:
         return num_new
 
     def progress(self, handle: RolloutHandle) -> Progress:
-        progress: Progress = self._call("progress", handle.handle_id)
+        progress: Progress = self._call("progress", self._reader.of(handle).handle.handle_id)
         return progress
 
     def stats(self) -> ServiceStats:
@@ -252,8 +263,14 @@ class RolloutClient:
     def abandon_publish(self, version: int) -> None:
         self._call("abandon_publish", version)
 
-    def _call(self, method: str, *args: Any) -> Any:
-        try:
-            return getattr(self._controller, method).remote(*args).future().result()
-        except Exception as error:  # every error is passed on, in its own class
-            raise client_error(error) from None
+    def _call(self, method: str, *args: Any, may_repeat: bool = False) -> Any:
+        while True:
+            try:
+                return getattr(self._controller, method).remote(*args).future().result()
+            except Exception as error:  # every error is passed on, in its own class
+                known = client_error(error)
+                if not isinstance(known, ServiceLost) or self._find is None:
+                    raise known from None
+                self._controller = find_again(self._find, self._controller, known)
+                if not may_repeat and method not in REPEATABLE:
+                    raise known from None

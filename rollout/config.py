@@ -191,6 +191,26 @@ class SchedulerConfig(DispatchConfig):
 
 
 @dataclass(kw_only=True)
+class SupervisorConfig:
+    """When something is taken for dead, and how it comes back."""
+
+    enabled: bool = True  # start dead groups of shards and a dead controller anew while the service runs
+    check_every_s: float = 2.0  # between two looks
+    hang_timeout_s: float = 120.0  # a busy engine without a step, or a silent controller, is dead after so long
+    retry_s: float = 30.0  # after a group failed to come back
+    engine_wait_s: float = 900.0  # longest time that trajectories wait when no engine is alive; then they fail
+
+    def __post_init__(self) -> None:
+        _positive(
+            "supervisor",
+            check_every_s=self.check_every_s,
+            hang_timeout_s=self.hang_timeout_s,
+            retry_s=self.retry_s,
+            engine_wait_s=self.engine_wait_s,
+        )
+
+
+@dataclass(kw_only=True)
 class SyncConfig:
     """How new weights reach the shards."""
 
@@ -417,6 +437,7 @@ class RunConfig:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     journal: JournalConfig = field(default_factory=JournalConfig)
+    supervisor: SupervisorConfig = field(default_factory=SupervisorConfig)
     sync: SyncConfig = field(default_factory=SyncConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     mismatch: MismatchConfig = field(default_factory=MismatchConfig)

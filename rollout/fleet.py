@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+CONTROLLER_NAME = "longroll-controller"
+"""Of the controller's actor, in the namespace of its service."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rendezvous:
@@ -11,6 +14,21 @@ class Rendezvous:
 
     host: str
     rpc_port: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """A process of the cluster: Ray's id of its node, and its process id there."""
+
+    node_id: str
+    pid: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Health:
+    """What the controller knows of the fleet: expert-parallel groups that must be started anew."""
+
+    dead_groups: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +45,7 @@ class ShardInfo:
         max_model_len: Longest prompt + output in tokens.
         num_workers: Its engine's worker processes, one for each device.
         block_tokens: Tokens of one block of the KV cache.
+        place: Its actor's process; what its engine consists of dies with it. None in tests without processes.
     """
 
     rank: int
@@ -38,6 +57,7 @@ class ShardInfo:
     group: int = 0
     num_workers: int = 1
     block_tokens: int = 16
+    place: Place | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,6 +102,20 @@ class SyncReport:
     stall_s: float
     ranks_lost: tuple[int, ...] = ()
 
+    @classmethod
+    def unknown(cls, version: int) -> SyncReport:
+        """Of a publication that succeeded, but whose report was lost with its controller."""
+        return cls(
+            version=version,
+            num_tensors=0,
+            num_bytes=0,
+            num_bytes_full=0,
+            num_rows_changed=0,
+            stage_s=0.0,
+            flip_s=0.0,
+            stall_s=0.0,
+        )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServiceStats:
@@ -101,5 +135,11 @@ class ServiceStats:
     num_clients: int = 0
     num_retries: int = 0
     num_groups_expired: int = 0
+    num_chunks: int = 0
+    num_migrations: int = 0
+    num_cuts: int = 0
+    num_regenerated: int = 0
+    num_tokens_restored: int = 0
+    num_journal_waits: int = 0
     num_internal_errors: int = 0
     shards: tuple[ShardStats, ...] = ()

@@ -74,6 +74,7 @@ class Publisher:
         live_version: Version served at the start, by all shards.
         clock: Seconds, monotonic.
         on_dead: Told which ranks must be restarted, and why. They do not serve from then on.
+        num_attempts: Attempts before, by whoever published to the same shards: the next one's number is above.
     """
 
     def __init__(
@@ -85,13 +86,14 @@ class Publisher:
         live_version: int = 0,
         clock: Callable[[], float] = time.monotonic,
         on_dead: OnDead | None = None,
+        num_attempts: int = 0,
     ) -> None:
         self._members = Members(receivers, groups, on_dead)
         self._num_rows = {name: plan.num_rows for name, plan in plans.items()}
         self._num_bytes_full = sum(plan.num_bytes for plan in plans.values())
         self._config, self._clock = config, clock
         self._live_version = live_version
-        self._num_attempts = 0
+        self._num_attempts = num_attempts
         self._attempt: Attempt | None = None
         self._commit: asyncio.Task[SyncReport] | None = None
         self._last_report: SyncReport | None = None

@@ -381,13 +381,15 @@ def test_calls_in_one_transaction_see_each_other(dsn: str) -> None:
         one = ended(member(make_group(request_of("a", n=1), 0), 0, [chunk_of(5)]))
         calls = (
             journal.append_chunk(key_of("a"), 0, 0, chunk_of(5)),
-            journal.append_chunk(key_of("a"), 0, 0, chunk_of(5)),
             journal.finish(key_of("a"), 0, one),
             journal.lease("run", "t", 1, 10.0, 0.0),
+            journal.append_chunk(key_of("a"), 0, 0, chunk_of(5)),
             journal.acknowledge("run", ["a"], "step-1", 0.0),
         )
-        new, duplicate, finished, leased, acknowledged = await asyncio.gather(*calls)
-        assert (new, duplicate, finished, acknowledged) == (True, False, True, 1)
+        before = journal.counts.num_commits
+        new, finished, leased, duplicate, acknowledged = await asyncio.gather(*calls)
+        assert journal.counts.num_commits - before == 1, "none had to be tried again alone"
+        assert (new, finished, duplicate, acknowledged) == (True, True, False, 1)
         assert leased[0].to_group().trajectories == [one]
 
     run(config_of(dsn, group_commit_ms=200.0), use)

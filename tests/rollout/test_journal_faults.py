@@ -214,6 +214,31 @@ def test_damaged_rows_are_named(fresh_schema_dsn: Callable[[], str], damage: str
         read_all(config_of(dsn))
 
 
+def test_damage_met_in_a_transaction_fails_its_own_call_only(fresh_schema_dsn: Callable[[], str]) -> None:
+    dsn = fresh_schema_dsn()
+
+    async def whole() -> None:
+        async with open_journal(config_of(dsn, group_commit_ms=200.0)) as journal:
+            await journal.submit("run", request_of("a", n=1), "h")
+            await journal.submit("run", request_of("b", n=1), "h")
+            await journal.append_chunk(key_of("a"), 0, 0, chunk_of(5))
+            one = ended(member(make_group(request_of("a", n=1), 0), 0, [chunk_of(5)]))
+            await journal.finish(key_of("a"), 0, one)
+            with psycopg.connect(dsn, autocommit=True) as server:
+                server.execute("UPDATE trajectories SET reward = 0.75 WHERE group_key = 1")
+                calls = (
+                    journal.append_chunk(key_of("b"), 0, 0, chunk_of(6)),
+                    journal.lease("run", "t", 1, 10.0, 0.0),
+                    journal.append_chunk(key_of("b"), 0, 6, chunk_of(7)),
+                )
+                first, leased, second = await asyncio.gather(*calls, return_exceptions=True)
+                assert (first, second) == (True, True) and isinstance(leased, JournalBroken)
+                assert server.execute("SELECT lease_consumer FROM groups").fetchall() == [(None,), (None,)]
+                assert journal.counts.num_chunks == 3
+
+    asyncio.run(whole())
+
+
 def test_a_second_writer_is_refused_and_told_who_is_there(dsn: str) -> None:
     with contextlib.closing(open_store(config_of(dsn))):
         with pytest.raises(JournalBusy, match=f"process {os.getpid()} on "):
