@@ -38,6 +38,10 @@ class StepRecord:
         reference_kl: KL of the policy to its reference, mean over tokens; 0 without one.
         tis_weight_mean, tis_capped_fraction: Of the truncated importance weights.
         kv_usage_max: Largest share of a shard's KV cache in use during the step.
+        num_chunks, num_migrations, num_cuts: Chunks started; of them on another shard than the one before; chunks cut
+            for something more urgent. These and the following are totals since the controller's start.
+        num_retries: Chunks lost with their engine and generated again.
+        num_tokens_restored, num_regenerated: Tokens that the journal had; trajectories begun anew for being too stale.
         is_skipped: Nothing was left to train on; the weights stayed as they were.
         trajectories_digest: Of all tokens of the step; equal digests mean equal trajectories.
     """
@@ -83,6 +87,12 @@ class StepRecord:
     num_routing_replayed: int = 0
     num_routing_missing: int = 0
     tis_cap: float | None = None
+    num_chunks: int = 0
+    num_migrations: int = 0
+    num_cuts: int = 0
+    num_retries: int = 0
+    num_tokens_restored: int = 0
+    num_regenerated: int = 0
 
     @property
     def tokens_per_s(self) -> float:

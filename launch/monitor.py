@@ -175,7 +175,7 @@ class Monitor:
 
 
 AREAS = {
-    "rollout/step": ("rollout", "perf", "async", "engine"),
+    "rollout/step": ("rollout", "scheduler", "perf", "async", "engine"),
     "train/step": ("train", "mismatch_kl", "routing", "sync", "timing_s", "eval"),
 }
 """Step axis of each area of keys."""
@@ -221,6 +221,12 @@ def wandb_row(record: StepRecord) -> dict[str, float]:
         "routing/num_replayed": record.num_routing_replayed,
         "routing/num_missing": record.num_routing_missing,
         "sync/stall_ms": record.stall_s * 1e3,
+        "scheduler/num_chunks": record.num_chunks,
+        "scheduler/num_migrations": record.num_migrations,
+        "scheduler/num_cuts": record.num_cuts,
+        "scheduler/num_retries": record.num_retries,
+        "scheduler/num_tokens_restored": record.num_tokens_restored,
+        "scheduler/num_regenerated": record.num_regenerated,
         "timing_s/rollout": record.rollout_s,
         "timing_s/train": record.train_s,
         "timing_s/sync": record.sync_s,

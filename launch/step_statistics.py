@@ -11,7 +11,7 @@ from typing import Any
 from launch.evaluation import is_exact
 from launch.history import StepRecord
 from rollout.errors import LongrollError
-from rollout.fleet import SyncReport
+from rollout.fleet import ServiceStats, SyncReport
 from rollout.train_metrics import TrainMetrics
 from rollout.types import Group, Status, Trajectory
 
@@ -40,7 +40,7 @@ def step_record(
     metrics: TrainMetrics,
     report: SyncReport,
     times: StepTimes,
-    kv_usage_max: float,
+    stats: ServiceStats,
 ) -> StepRecord:
     """Describe a finished step.
 
@@ -50,7 +50,7 @@ def step_record(
         metrics: What the trainer says.
         report: What the sync says; the version before it is the one that was sampled.
         times: Wall time of the parts.
-        kv_usage_max: Largest share of a KV cache in use.
+        stats: The service at the end of the step's rollouts.
 
     Raises:
         LongrollError: If no trajectory was scored: there is no reward to report, and nothing was learnt.
@@ -85,7 +85,13 @@ def step_record(
         sync_s=times.sync_s,
         save_s=times.save_s,
         stall_s=report.stall_s,
-        kv_usage_max=kv_usage_max,
+        kv_usage_max=max((s.kv_usage_max for s in stats.shards), default=0.0),
+        num_chunks=stats.num_chunks,
+        num_migrations=stats.num_migrations,
+        num_cuts=stats.num_cuts,
+        num_retries=stats.num_retries,
+        num_tokens_restored=stats.num_tokens_restored,
+        num_regenerated=stats.num_regenerated,
         trajectories_digest=trajectories_digest(trajectories),
         **_trained(metrics),
     )

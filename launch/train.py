@@ -68,7 +68,7 @@ def train(config: RunConfig, run_dir: Path, monitor: Monitor) -> Summary:
             with timed(times, "rollout_s"):
                 asked = ask_for(config, step, cursor)
                 groups = rollout(config, client, workload, asked, run_id, monitor)
-            kv_usage_max = max((s.kv_usage_max for s in client.stats().shards), default=0.0)
+            stats = client.stats()
             with timed(times, "train_s"), monitor.phase("train"):
                 metrics = trainers.train_step(groups)
             with timed(times, "sync_s"), monitor.phase("sync"):
@@ -76,7 +76,7 @@ def train(config: RunConfig, run_dir: Path, monitor: Monitor) -> Summary:
             learned += [group.group_id for group in groups]
             cursor = after_step(cursor, asked, groups, trainers.version, learned)
             is_last = step == config.trainer.num_steps
-            history.add(step_record(step, groups, metrics, report, times, kv_usage_max))
+            history.add(step_record(step, groups, metrics, report, times, stats))
             if is_last or step % config.trainer.checkpoint_every == 0:
                 with timed(times, "save_s"), monitor.phase("save"):
                     trainers.save(cursor)
