@@ -8,6 +8,7 @@ records, engines or rewards.
 from __future__ import annotations
 
 import heapq
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -61,19 +62,20 @@ class Dispatcher:
     def __init__(self, config: DispatchConfig, shards: Mapping[int, ShardCapacity]) -> None:
         self._book = ShardBook(shards)
         self._predictor, self._costs = LengthPredictor(), StepCosts()
+        self._jobs: dict[str, Job] = {}
         self._static = Static(self._book) if config.policy == "static" else None
         self._policy: Policy = self._static or (
             Partial(self._book)
             if config.policy == "partial"
-            else Divided(config.chunk_tokens, self._book, self._predictor, self._costs)
+            else Divided(config.chunk_tokens, self._book, self._predictor, self._costs, self._jobs)
         )
         self._is_divided = config.policy == "divided"
-        self._jobs: dict[str, Job] = {}
         self._groups: dict[str, GroupJobs] = {}
         self._lanes: dict[int | None, list[Entry]] = {}  # queues: one, or under static one a shard
         self._open_lanes: set[int | None] = set()  # in which something may have become possible
         self._stamp = 0
         self._running_by_priority: dict[int, dict[str, None]] = {}
+        self._queued_by_priority: Counter[int] = Counter()
         self._cutting: set[str] = set()
         self._draining: set[int] = set()
         self._passed: dict[str, int] = {}
@@ -254,11 +256,10 @@ class Dispatcher:
 
     def _cuts_for_the_urgent(self) -> list[tuple[int, str]]:
         """One chunk of the least urgent kind for every waiting job that is more urgent, the newest first."""
-        if not self._running_by_priority or self.num_queued == 0:
+        if not self._running_by_priority:
             return []
         worst = max(self._running_by_priority)
-        first = heapq.nsmallest(LOOKAHEAD, self._lanes.get(None, []))
-        num_waiting = sum(entry[0] < worst and self._current(entry) is not None for entry in first)
+        num_waiting = sum(number for priority, number in self._queued_by_priority.items() if priority < worst)
         num_wanted = num_waiting - len(self._cutting)
         cuts: list[tuple[int, str]] = []
         for job_id in reversed(self._running_by_priority[worst]):
@@ -278,7 +279,7 @@ class Dispatcher:
         self._book.reserve(job, shard, budget_tokens)
         self._running_by_priority.setdefault(job.priority, {})[job.job_id] = None
         self._groups[job.group_id].queued.discard(job.job_id)
-        self.num_queued -= 1
+        self._count_queued(job, -1)
         return Assignment(job_id=job.job_id, shard=shard, budget_tokens=budget_tokens)
 
     def _release(self, job: Job) -> None:
@@ -293,8 +294,14 @@ class Dispatcher:
     def _enqueue(self, job: Job) -> None:
         job.state = JobState.QUEUED
         self._groups[job.group_id].queued.add(job.job_id)
-        self.num_queued += 1
+        self._count_queued(job, 1)
         self._requeue(job)
+
+    def _count_queued(self, job: Job, change: int) -> None:
+        self.num_queued += change
+        self._queued_by_priority[job.priority] += change
+        if not self._queued_by_priority[job.priority]:
+            del self._queued_by_priority[job.priority]
 
     def _requeue(self, job: Job) -> None:
         """Put a queued job where the policy wants it now; its older entry is void."""
@@ -316,7 +323,7 @@ class Dispatcher:
         group = self._groups[job.group_id]
         if job.state is JobState.QUEUED:
             group.queued.discard(job.job_id)
-            self.num_queued -= 1
+            self._count_queued(job, -1)
         del self._jobs[job.job_id]
         self._passed.pop(job.job_id, None)
         group.num_jobs -= 1

@@ -6,13 +6,15 @@ A policy is pure and small: it sees jobs, the shards' loads and the predictor, a
   whole, first come first served, as many as the engine takes; where its KV overflows the engine preempts.
 - partial: as APRIL (arXiv 2509.18521) does. Trajectories run whole on the least loaded shard; those that an
   abort of the excess cut short are continued first.
-- divided: chunks, as Seer (arXiv 2511.14617) does. One probe of every group first, then the longest expected
-  first; a chunk starts only where its KV is reserved up to its end, so that no engine preempts; a continuation
-  returns to the shard that has its prefix unless the move pays for the prefill.
+- divided: chunks, as Seer (arXiv 2511.14617) does. What has begun goes on first, where its prefix is, unless a move
+  pays for the prefill. Then one probe of every group, then the longest expected first; they start where the KV that
+  everybody there is likely to need at once has room, and a chunk only where its KV is reserved up to its end, so that
+  no engine preempts.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Protocol
 
 from rollout.scheduler.jobs import Job
@@ -95,19 +97,26 @@ class Divided:
 
     Args:
         chunk_tokens: Most tokens of a chunk; None does not cut.
-        book, predictor, costs: What it reads.
+        book, predictor, costs, jobs: What it reads.
     """
 
-    def __init__(self, chunk_tokens: int | None, book: ShardBook, predictor: LengthPredictor, costs: StepCosts) -> None:
+    def __init__(
+        self,
+        chunk_tokens: int | None,
+        book: ShardBook,
+        predictor: LengthPredictor,
+        costs: StepCosts,
+        jobs: Mapping[str, Job],
+    ) -> None:
         self._chunk_tokens = chunk_tokens
-        self._book, self._predictor, self._costs = book, predictor, costs
+        self._book, self._predictor, self._costs, self._jobs = book, predictor, costs, jobs
 
     def key(self, job: Job) -> Key:
+        if job.home is not None:  # whoever waits instead would have to be prefilled again
+            return (0.0, -float(job.num_tokens))
         if job.is_probe and not self._predictor.is_known(job.group_id):
-            return (0.0, float(job.num_tokens))
-        # What has begun comes before its equals: it would have to be prefilled again later.
-        begun = self._chunk_tokens or 0 if job.home is not None else 0
-        return (1.0, -(self._predictor.remaining_tokens(job) + begun))
+            return (1.0, float(job.num_tokens))
+        return (2.0, -self._predictor.remaining_tokens(job))
 
     def chunk_tokens(self, job: Job) -> int:
         return min(job.remaining_tokens, self._chunk_tokens or job.remaining_tokens)
@@ -123,10 +132,27 @@ class Divided:
             budget = self._budget(job, home)
             if budget:
                 return home, budget
-        if emptiest is None:
+        if emptiest is None or not self._fits(job, emptiest):
             return None
         budget = self._budget(job, emptiest)
         return (emptiest, budget) if budget else None
+
+    def _fits(self, job: Job, rank: int) -> bool:
+        """Whether the KV of all that run there and of this one is likely to have room at every moment.
+
+        The most is needed when one of them ends: those that go on have each grown by as much as it still had to.
+        """
+        load = self._book[rank]
+        if not load.running:
+            return True
+        members = [job, *(self._jobs[job_id] for job_id in load.running)]
+        left = sorted(((self._predictor.likely_remaining_tokens(m), m.context_tokens) for m in members), reverse=True)
+        context = 0
+        for number, (remaining, tokens) in enumerate(left, 1):
+            context += tokens
+            if context + number * remaining > load.capacity.kv_tokens:
+                return False
+        return True
 
     def _budget(self, job: Job, rank: int) -> int:
         """Tokens for which there is room, trimmed if need be; 0 if there is none to speak of."""

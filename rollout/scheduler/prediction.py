@@ -15,6 +15,7 @@ from rollout.scheduler.jobs import Job
 
 MAX_PROMPTS = 1_000_000  # remembered between visits; the longest unvisited are forgotten
 VISIT_WEIGHT = 0.5  # of what earlier visits say, in siblings: the policy has changed since
+UNSEEN = 8.0  # before anything has ended, limits are taken for so many mean lengths
 OUTLIVED = 2.0  # expected length of what has outlived its estimate, in what it has already
 
 
@@ -37,6 +38,7 @@ class LengthPredictor:
         self._max_prompts = max_prompts
         self._groups: dict[str, Lengths] = {}
         self._prompts: OrderedDict[str, float] = OrderedDict()  # mean length at the last visits
+        self._all = Lengths()
 
     def open_group(self, group_id: str, prompt_key: str | None) -> None:
         """A group has begun; what earlier visits of its prompt tell counts for it."""
@@ -51,6 +53,7 @@ class LengthPredictor:
     def ended(self, job: Job) -> None:
         """A member has ended by itself or at its limit, with `job.num_tokens`."""
         self._groups[job.group_id].add(job.num_tokens)
+        self._all.add(job.num_tokens)
         if job.prompt_key is None:
             return
         before = self._prompts.pop(job.prompt_key, float(job.num_tokens))
@@ -71,6 +74,13 @@ class LengthPredictor:
         if job.num_tokens >= expected:
             expected = OUTLIVED * job.num_tokens
         return min(expected, float(job.max_tokens))
+
+    def likely_remaining_tokens(self, job: Job) -> float:
+        """Tokens still to come as a bet and not as a precaution: where nothing is known, as for the average of all."""
+        if self.is_known(job.group_id):
+            return self.remaining_tokens(job)
+        mean = self._all.total / self._all.count if self._all.count else job.max_tokens / UNSEEN
+        return min(max(mean - job.num_tokens, float(job.num_tokens)), float(job.remaining_tokens))
 
     def remaining_tokens(self, job: Job) -> float:
         """Expected tokens still to come."""
