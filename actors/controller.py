@@ -23,9 +23,10 @@ from actors.publications import Publications
 from actors.receivers import answer
 from actors.rewards import RewardPool, RewardTimeout
 from actors.shard_watch import ShardWatch
+from actors.stats_calls import StatsCalls
 from rollout.config import JournalConfig, ModelConfig, SchedulerConfig, SupervisorConfig, SyncConfig
 from rollout.errors import EngineDead, InvalidRequest, RewardFailed
-from rollout.fleet import Health, Place, ServiceStats, ShardInfo, ShardStats
+from rollout.fleet import Place, ShardInfo
 from rollout.handles import Delivery, Progress, RolloutHandle
 from rollout.rate import RateWindow
 from rollout.scheduler.jobs import ShardCapacity
@@ -38,11 +39,10 @@ from rollout.types import ChunkResult, ModelLimits, RolloutRequest
 logger = logging.getLogger(__name__)
 HOUSEKEEPING_S = 1.0
 RATE_WINDOW_S = 10.0
-STATS_TIMEOUT_S = 5.0
 STALE_POLL_S = 0.2
 
 
-class Controller(PublicationCalls):
+class Controller(PublicationCalls, StatsCalls):
     """Serves clients; see rollout.client for the other end of every method.
 
     Args:
@@ -101,11 +101,6 @@ class Controller(PublicationCalls):
         """Begin housekeeping; called once, by whoever made this actor."""
         self._spawn(self._keep_house(), "housekeeping", lambda reason: None)
 
-    async def health(self) -> Health:
-        """Which groups are dead, for a supervisor."""
-        live = {self._groups[rank] for rank in self._scheduler.live_shards}
-        return Health(dead_groups=tuple(sorted(set(self._groups.values()) - live)))
-
     async def place(self) -> Place:
         """This actor's process."""
         return place_of_this_process()
@@ -137,12 +132,12 @@ class Controller(PublicationCalls):
 
     async def _take_over(self, request: RolloutRequest) -> None:
         """Whoever asked for groups of this run before has lost them: their tokens so far belong to this request."""
-        for handle_id in self._scheduler.handles_of(request):
+        for handle_id in self._scheduler.book.handles_of(request):
             logger.info("run %s asks again for groups of %s, which is closed", request.run_id, handle_id)
             self._ledger.close(handle_id)
             self._abort(handle_id)
             self._pump()
-            while self._scheduler.is_pending(handle_id):
+            while self._scheduler.book.is_pending(handle_id):
                 await asyncio.sleep(STALE_POLL_S)
             self._close(handle_id)
 
@@ -206,35 +201,7 @@ class Controller(PublicationCalls):
 
     async def progress(self, handle_id: str) -> Progress:
         self._ledger.touch(handle_id, time.monotonic())
-        return self._scheduler.progress(handle_id)
-
-    async def stats(self) -> ServiceStats:
-        now, counts = time.monotonic(), self._scheduler.counts
-        self._rate.sample(now, counts.num_tokens_generated)
-        return ServiceStats(
-            live_version=self._publications.live_version,
-            num_queued=self._scheduler.num_queued,
-            num_running=self._scheduler.num_running,
-            num_finished=counts.num_finished,
-            num_aborted=counts.num_aborted,
-            num_failed=dict(counts.num_failed),
-            num_tokens_generated=counts.num_tokens_generated,
-            num_tokens_discarded=counts.num_tokens_discarded,
-            tokens_per_s=self._rate.per_second,
-            num_syncs=self._publications.num_syncs,
-            num_syncs_refused=self._publications.num_refused,
-            num_clients=self._ledger.num_clients,
-            num_retries=counts.num_retries,
-            num_groups_expired=self._num_groups_expired,
-            num_chunks=self._scheduler.dispatch_counts.num_chunks,
-            num_migrations=self._scheduler.dispatch_counts.num_migrations,
-            num_cuts=self._scheduler.dispatch_counts.num_cuts,
-            num_regenerated=counts.num_regenerated,
-            num_tokens_restored=counts.num_tokens_restored,
-            num_journal_waits=self._keeper.num_waits,
-            num_internal_errors=self._num_internal_errors,
-            shards=await self._shard_stats(),
-        )
+        return self._scheduler.book.progress(handle_id)
 
     async def shutdown(self) -> None:
         """End all background work and the reward processes; the shards are their maker's."""
@@ -248,11 +215,11 @@ class Controller(PublicationCalls):
         """Carry what the scheduler has ready to where it goes. Never waits."""
         if self._is_stopping:
             return
-        for restart in self._scheduler.take_restarts():
+        for restart in self._scheduler.book.take_restarts():
             self._spawn(self._keeper.restart(restart), f"restart in {restart.group_id}", lambda reason: None)
-        for finished in self._scheduler.take_finished():
+        for finished in self._scheduler.book.take_finished():
             self._spawn(self._deliver(finished), f"delivery of {finished.group.group_id}", lambda reason: None)
-        for job in self._scheduler.take_score_jobs():
+        for job in self._scheduler.book.take_score_jobs():
             self._spawn_for(job.flight_id, self._score(job))
         if self._num_flips_under_way == 0:
             for dispatch in self._scheduler.next_dispatches(time.monotonic()):
@@ -374,27 +341,13 @@ class Controller(PublicationCalls):
             self._on_shard_death(rank, "its engine made no step for supervisor.hang_timeout_s")
         self._pump()
 
-    async def _shard_stats(self) -> tuple[ShardStats, ...]:
-        live = self._scheduler.live_shards
-        calls = [asyncio.wait_for(answer(self._shards[rank].stats.remote()), STATS_TIMEOUT_S) for rank in live]
-        found = []
-        for rank, got in zip(live, await asyncio.gather(*calls, return_exceptions=True), strict=True):
-            if isinstance(got, ShardStats):
-                found.append(got)
-            elif isinstance(got, EngineDead):
-                self._on_shard_death(rank, str(got))
-            else:
-                logger.warning("shard %d gave no statistics: %r", rank, got)
-        self._pump()
-        return tuple(found)
-
     def _wake(self, handle_id: str) -> None:
         event = self._events.get(handle_id)
         if event is not None:
             event.set()
 
     def _close(self, handle_id: str) -> None:
-        self._scheduler.forget(handle_id)
+        self._scheduler.book.forget(handle_id)
         self._aborting.discard(handle_id)
         self._wake(handle_id)
         self._events.pop(handle_id, None)

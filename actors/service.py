@@ -90,6 +90,7 @@ class Service:
     parts: ShardParts | None = None
     plans: dict[str, TensorPlan] = field(default_factory=dict)
     bucket_bytes: int = SyncConfig().bucket_bytes
+    newest_version: int = 0  # that is known to have been live
     _controller_place: Place | None = None
 
     @property
@@ -134,19 +135,17 @@ class Service:
     def replace_controller(self) -> None:
         """Make a new controller in place of one that died or hangs; clients find it by its name.
 
-        The groups of shards that all serve the newest version go on with it; others must be restarted.
+        The groups of shards that all serve the newest version go on with it; others must be restarted. Shards that
+        were being restarted when it died may serve an older one than was live: it is not gone back to.
 
         Raises:
-            EngineDead: No shard answers.
             JournalError: The journal cannot be opened.
         """
         if self._controller_place is not None:
             kill_process(self._controller_place)
         ray.kill(self.controller)
         versions = _live_versions(self.shards)
-        if not versions:
-            raise EngineDead("new controller: got no answer from any shard, expected some to be alive")
-        live = max(versions.values())
+        live = max([self.newest_version, *versions.values()])
         _settle([self.shards[rank].abort_all.remote() for rank in versions], "a shard")  # nobody waits for it
         self.start_controller(live)
         lost = [info.rank for info in self.infos if versions.get(info.rank) != live]
@@ -176,6 +175,12 @@ class Service:
         )
         ray.get(self.controller.start.remote())
         self._controller_place = ray.get(self.controller.place.remote())
+        self.note_version()
+
+    def note_version(self, timeout_s: float | None = None) -> None:
+        """Ask the controller for the live version. Raises as ray.get does."""
+        live: int = ray.get(self.controller.live_version.remote(), timeout=timeout_s)
+        self.newest_version = max(self.newest_version, live)
 
     def stop(self) -> None:
         """Shut down controller and shards, then kill their actors; may be called again."""

@@ -59,9 +59,7 @@ class Supervisor:
     def _look(self) -> None:
         health = self._health()
         if health is None:
-            self.num_controller_restarts += 1
-            self._service.replace_controller()
-            self._say("the controller serves again")
+            self._replace_controller()
             return
         for group in health.dead_groups:
             if time.monotonic() >= self._retry_at.get(group, 0.0) and not self._stop.is_set():
@@ -71,12 +69,23 @@ class Supervisor:
         """What the controller says; None when it is dead, or silent for so long that it is taken for dead."""
         try:
             health: Health = ray.get(self._service.controller.health.remote(), timeout=self._config.hang_timeout_s)
+            self._service.note_version(self._config.hang_timeout_s)
             return health
         except RayActorError as error:
             self._say(f"the controller is dead: {str(error).splitlines()[0]}")
         except GetTimeoutError:
             self._say(f"the controller gave no sign of life for {self._config.hang_timeout_s:g} s")
         return None
+
+    def _replace_controller(self) -> None:
+        try:
+            self._service.replace_controller()
+        except LongrollError as error:  # the next look finds it dead again
+            self.num_failed_restarts += 1
+            self._say(f"the controller did not come back: {error}")
+        else:
+            self.num_controller_restarts += 1
+            self._say("the controller serves again")
 
     def _restart(self, group: int) -> None:
         self._say(f"starting expert-parallel group {group} anew")

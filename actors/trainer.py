@@ -36,12 +36,13 @@ from actors.weight_receiver import ControllerReceiver
 from actors.weight_source import WeightSource, weights_digest
 from rollout.batch import MicroBatch, MiniBatch
 from rollout.checkpoints import CheckpointDir
-from rollout.config import ModelConfig, Reference, SyncConfig, TrainerConfig
+from rollout.config import ModelConfig, SyncConfig
 from rollout.errors import CheckpointBroken, InvalidRequest, LongrollError
 from rollout.fleet import Rendezvous, SyncReport
 from rollout.loss import importance_weights, policy_loss, ratio_base, selected_logprobs
 from rollout.mismatch import CauseSums, Knobs, measure
 from rollout.train_metrics import StepSums
+from rollout.trainer_config import Reference, TrainerConfig
 
 RANK_FILE = re.compile(r"zero_pp_rank_(\d+)_")
 

@@ -23,21 +23,14 @@ from actors.served_encoding import ServedEncoding
 from actors.trainer import Continuation, StepResult, TrainerRank
 from rollout.batch import Selection, plan_ranks, plan_updates, select
 from rollout.checkpoints import CheckpointDir
-from rollout.config import (
-    ClusterConfig,
-    EngineConfig,
-    MismatchConfig,
-    ModelConfig,
-    SamplingConfig,
-    SyncConfig,
-    TrainerConfig,
-)
+from rollout.config import ClusterConfig, EngineConfig, ModelConfig, SamplingConfig, SyncConfig
 from rollout.cursor import Cursor
 from rollout.errors import CheckpointBroken, EngineDead, InvalidRequest, SyncRefused, TrainerDead
 from rollout.fleet import SyncReport
 from rollout.lr_schedule import lr_at
 from rollout.mismatch import Knobs, MismatchReport, report_of, respond
 from rollout.train_metrics import StepSums, TrainMetrics, summarise
+from rollout.trainer_config import MismatchConfig, TrainerConfig
 from rollout.types import Group
 
 logger = logging.getLogger(__name__)

@@ -20,11 +20,12 @@ from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.initialization import no_init_weights
 
-from rollout.config import ModelConfig, TrainerConfig
+from rollout.config import ModelConfig
 from rollout.errors import InvalidRequest
 from rollout.fleet import Rendezvous
 from rollout.sync.checkpoint_names import checkpoint_files, checkpoint_specs, split_parameter
 from rollout.sync.manifest import torch_dtype
+from rollout.trainer_config import TrainerConfig
 
 NICENESS = 5  # a rank encodes and sends weights while the engines decode
 

@@ -6,9 +6,10 @@ function from a RunConfig; none of them looks at the machine.
 
 from __future__ import annotations
 
-from rollout.config import ClusterConfig, EngineConfig, InFlight, MismatchConfig, OverBudget, RunConfig, TrainerConfig
+from rollout.config import ClusterConfig, EngineConfig, InFlight, RunConfig
 from rollout.errors import InvalidRequest
 from rollout.mismatch import MEASURABLE_KV
+from rollout.trainer_config import MismatchConfig, OverBudget, TrainerConfig
 from rollout.types import SamplingParams
 
 PLACEMENT_STRATEGIES = ("PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD")

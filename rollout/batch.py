@@ -14,10 +14,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from rollout.config import TrainerConfig
 from rollout.errors import InvalidRequest
 from rollout.loss import group_advantages, token_weights
 from rollout.routing import RoutingRef
+from rollout.trainer_config import TrainerConfig
 from rollout.types import Group, Status, Trajectory
 
 TRAINABLE = (Status.COMPLETED, Status.TRUNCATED)

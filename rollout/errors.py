@@ -30,6 +30,13 @@ class InvalidRequest(LongrollError, ValueError):
         return f"{self.what}: got {got}, expected {self.expected}"
 
 
+def check_positive(section: str, **values: float) -> None:
+    """Raise InvalidRequest for the first option of a configuration section that is not above 0."""
+    for name, value in values.items():
+        if not value > 0:
+            raise InvalidRequest(f"{section}.{name}", value, "a number > 0")
+
+
 class QueueFull(LongrollError):
     """A submission would put more trajectories under way than allowed; nothing was queued."""
 

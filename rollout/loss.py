@@ -26,7 +26,7 @@ from dataclasses import dataclass
 
 import torch
 
-from rollout.config import LossAggregation
+from rollout.trainer_config import LossAggregation
 
 STD_EPSILON = 1e-6
 MAX_LOG_RATIO = 20.0  # beyond ±20 the ratio is held, without gradient: exp must not overflow (inf · 0 is not a number)

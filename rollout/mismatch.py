@@ -29,9 +29,9 @@ from enum import Enum
 
 import torch
 
-from rollout.config import MismatchConfig, OverBudget
 from rollout.errors import MismatchOverBudget
 from rollout.loss import k3
+from rollout.trainer_config import MismatchConfig, OverBudget
 
 MEASURABLE_KV = ("auto", "int8_per_token_head", "fp8", "fp8_e4m3")  # engine.kv_cache_dtype whose rounding is known
 TIGHT_CAP = 1.001  # a tis_cap below it is taken for tight; halving would never reach 1

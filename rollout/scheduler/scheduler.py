@@ -8,8 +8,8 @@
           FINAL ◄──────────────── on_reward(_failed) ────────────────────── SCORING
 
 Who runs next, and where, is the dispatcher's to say. Pure and deterministic: events come in as calls with the time;
-work goes out through `next_dispatches`, `take_cuts`, `take_restarts`, `take_score_jobs` and `take_finished`. Knows
-nothing of Ray, engines, clients, clocks, or of how a chunk is made durable.
+work goes out through `next_dispatches`, `take_cuts`, and the book's `take_restarts`, `take_score_jobs` and
+`take_finished`. Knows nothing of Ray, engines, clients, clocks, or of how a chunk is made durable.
 """
 
 from __future__ import annotations
@@ -17,26 +17,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from rollout.config import OnStale, SchedulerConfig
-from rollout.errors import EngineDead, QueueFull, UnknownHandle
-from rollout.handles import Progress
+from rollout.errors import EngineDead, QueueFull
 from rollout.scheduler.dispatcher import DispatchCounts, Dispatcher
+from rollout.scheduler.flight_book import FlightBook
 from rollout.scheduler.intake import Restored, fault_of, make_group
-from rollout.scheduler.jobs import Job, ShardCapacity
-from rollout.scheduler.records import (
-    Counts,
-    Dispatch,
-    FailureKind,
-    FinishedGroup,
-    Flight,
-    Landing,
-    Phase,
-    Restart,
-    ScoreJob,
-    Submission,
-)
-from rollout.types import Chunk, ChunkResult, FinishReason, Group, ModelLimits, RolloutRequest, Status
-
-UNSCORED = "none"
+from rollout.scheduler.jobs import ShardCapacity
+from rollout.scheduler.records import Counts, Dispatch, FailureKind, Flight, Landing, Phase, Submission
+from rollout.types import Chunk, ChunkResult, FinishReason, ModelLimits, RolloutRequest
 
 
 class Scheduler:
@@ -64,15 +51,18 @@ class Scheduler:
         self._config, self._limits, self._partial_rollout = config, limits, partial_rollout
         self._dispatcher = Dispatcher(config, shards)
         self._engine_wait_s, self._version = engine_wait_s, version
-        self._submissions: dict[str, Submission] = {}
-        self._flights: dict[str, Flight] = {}
-        self._num_submitted = 0
-        self._score_jobs: list[ScoreJob] = []
-        self._finished: list[FinishedGroup] = []
-        self._restarts: list[Restart] = []
+        self._book = FlightBook(self._dispatcher)
         self._death_reason = "no engine was ever started"
         self._died_at = 0.0
-        self.counts = Counts()
+
+    @property
+    def book(self) -> FlightBook:
+        """Submissions and trajectories; to be read, and its `take_…` emptied, by the owner of the scheduler."""
+        return self._book
+
+    @property
+    def counts(self) -> Counts:
+        return self._book.counts
 
     @property
     def num_queued(self) -> int:
@@ -119,69 +109,17 @@ class Scheduler:
             self._limits.check(prompt, request.sampling)
         num_new = len(request.prompts) * request.n_samples_per_prompt
         most = self._config.max_queued_trajectories
-        if len(self._flights) + num_new > most:
+        if len(self._book.flights) + num_new > most:
             raise QueueFull(
-                f"submission: got {num_new} trajectories with {len(self._flights)} under way, "
+                f"submission: got {num_new} trajectories with {len(self._book.flights)} under way, "
                 f"expected at most max_queued_trajectories = {most} in all"
             )
         submission = Submission(handle_id=handle_id, request=request, num_groups_pending=len(request.prompts))
         known = restored or {}
         groups = [make_group(request, place, known.get(id_)) for place, id_ in enumerate(request.group_ids)]
-        self._submissions[handle_id] = submission
+        self._book.submissions[handle_id] = submission
         for group in groups:
-            self._open(submission, group, known.get(group.group_id), now)
-
-    def handles_of(self, request: RolloutRequest) -> list[str]:
-        """Submissions of the request's run that have one of its groups, in order."""
-        if request.run_id is None:
-            return []
-        wanted = set(request.group_ids)
-        same = (s for s in self._submissions.values() if s.request.run_id == request.run_id)
-        return [s.handle_id for s in same if not wanted.isdisjoint(s.request.group_ids)]
-
-    def is_pending(self, handle_id: str) -> bool:
-        """Whether a submission has trajectories that are not final."""
-        submission = self._submissions.get(handle_id)
-        return submission is not None and bool(submission.flights)
-
-    def _open(self, submission: Submission, group: Group, known: Sequence[Restored] | None, now: float) -> None:
-        epochs = submission.epochs[group.group_id] = [one.epoch for one in known or ()] or [0] * len(group.trajectories)
-        pending = [t for t in group.trajectories if t.status is Status.PENDING]
-        submission.num_pending[group.group_id] = len(pending)
-        if not pending:
-            submission.restored.add(group.group_id)
-            self._finish_group(submission, group)
-        for trajectory in pending:
-            flight = Flight(
-                flight_id=f"{submission.handle_id}:{trajectory.trajectory_id}",
-                submission=submission,
-                group=group,
-                trajectory=trajectory,
-                submitted_at=now,
-                epoch=epochs[trajectory.sample_index],
-            )
-            submission.flights[flight.flight_id] = self._flights[flight.flight_id] = flight
-            submission.num_tokens += len(trajectory.token_ids)
-            self.counts.num_tokens_restored += len(trajectory.token_ids)
-            ended = known[trajectory.sample_index].ended if known else None
-            if ended is None:
-                self._dispatcher.add(self._job(flight), now)
-            else:
-                self._conclude(flight, ended, now)
-
-    def _job(self, flight: Flight) -> Job:
-        request, trajectory = flight.submission.request, flight.trajectory
-        self._num_submitted += 1
-        return Job(
-            job_id=flight.flight_id,
-            group_id=f"{flight.submission.handle_id}:{trajectory.group_id}",
-            prompt_key=flight.group.prompt.prompt_id,
-            order=self._num_submitted,
-            priority=request.priority,
-            num_prompt_tokens=len(trajectory.prompt_token_ids),
-            max_tokens=request.sampling.max_tokens,
-            num_tokens=len(trajectory.token_ids),
-        )
+            self._book.open(submission, group, known.get(group.group_id), now)
 
     def abort(self, handle_id: str, now: float) -> dict[int, list[str]]:
         """End a submission: what is queued is aborted now, what runs when its chunk comes back.
@@ -191,43 +129,23 @@ class Scheduler:
         Returns:
             For each shard the running flights that its engine should be told to abort.
         """
-        submission = self._submissions.get(handle_id)
+        submission = self._book.submissions.get(handle_id)
         if submission is None:
             return {}
         submission.is_aborted = True
         running: dict[int, list[str]] = {}
         for flight in list(submission.flights.values()):
             if flight.phase is Phase.QUEUED:
-                self._end_aborted(flight, now)
+                self._book.end_aborted(flight, now)
             elif flight.phase is Phase.RUNNING:
                 running.setdefault(self._shard_of(flight), []).append(flight.flight_id)
         return running
-
-    def progress(self, handle_id: str) -> Progress:
-        """How far a submission is. Raises UnknownHandle for one that was forgotten."""
-        submission = self._submissions.get(handle_id)
-        if submission is None:
-            raise UnknownHandle(handle_id)
-        request = submission.request
-        num_pending = len(submission.flights)
-        return Progress(
-            num_pending=num_pending,
-            num_finished=len(request.prompts) * request.n_samples_per_prompt - num_pending,
-            num_groups=len(request.prompts),
-            num_groups_finished=len(request.prompts) - submission.num_groups_pending,
-            num_tokens=submission.num_tokens,
-        )
-
-    def forget(self, handle_id: str) -> None:
-        """Drop the record of a submission whose groups are all finished."""
-        submission = self._submissions.pop(handle_id, None)
-        assert submission is None or not submission.flights, f"{handle_id} was forgotten while pending"
 
     def next_dispatches(self, now: float) -> list[Dispatch]:
         """Chunks to start now."""
         dispatches = []
         for assignment in self._dispatcher.next_assignments(now):
-            flight = self._flights[assignment.job_id]
+            flight = self._book.flights[assignment.job_id]
             chunk = self._start(flight, assignment.budget_tokens, now)
             dispatches.append(Dispatch(shard=assignment.shard, chunk=chunk))
         return dispatches
@@ -239,32 +157,17 @@ class Scheduler:
             cuts.setdefault(shard, []).append(flight_id)
         return cuts
 
-    def take_restarts(self) -> list[Restart]:
-        """Trajectories whose tokens were dropped since the last call, in order."""
-        restarts, self._restarts = self._restarts, []
-        return restarts
-
-    def take_score_jobs(self) -> list[ScoreJob]:
-        """Trajectories to score, each handed out once; answer with `on_reward` or `on_reward_failed`."""
-        jobs, self._score_jobs = self._score_jobs, []
-        return jobs
-
-    def take_finished(self) -> list[FinishedGroup]:
-        """Groups that have finished since the last call, each handed out once."""
-        finished, self._finished = self._finished, []
-        return finished
-
     def land(self, result: ChunkResult, now: float) -> Landing | None:
         """A chunk came back: its shard is free. Returns what must be durable before `landed` is called.
 
         None where nothing is kept: a result that nobody waits for any more (counted), a fault, or dropped tokens.
         """
-        flight = self._flights.get(result.trajectory_id)
+        flight = self._book.flights.get(result.trajectory_id)
         if flight is None or flight.phase is not Phase.RUNNING or self._shard_of(flight) != result.shard:
-            self.counts.num_stale_results += 1
+            self._book.counts.num_stale_results += 1
             return None
         num_tokens = len(result.token_ids)
-        self.counts.num_tokens_generated += num_tokens
+        self._book.counts.num_tokens_generated += num_tokens
         job = self._dispatcher.job(flight.flight_id)
         assert job is not None, "what runs is known to the dispatcher"
         fault = fault_of(job.budget_tokens, result)
@@ -272,20 +175,20 @@ class Scheduler:
         self._dispatcher.hold(flight.flight_id, num_tokens if is_kept else 0, now, duration_s=result.duration_s)
         flight.phase = Phase.LANDING
         if not is_kept:
-            self.counts.num_tokens_discarded += num_tokens
+            self._book.counts.num_tokens_discarded += num_tokens
             if fault is not None:
-                self._fail(flight, FailureKind.ENGINE_ERROR, fault, now)
+                self._book.fail(flight, FailureKind.ENGINE_ERROR, fault, now)
             else:
                 reason = f"shard {result.shard} reported an error"
                 self._retry_or_fail(flight, FailureKind.ENGINE_ERROR, reason, now)
             return None
         if result.finish_reason is FinishReason.ABORT and not (self._partial_rollout or flight.submission.is_aborted):
-            self.counts.num_tokens_discarded += num_tokens
-            self._drop_tokens(flight)
+            self._book.counts.num_tokens_discarded += num_tokens
+            self._book.drop_tokens(flight)
             self._continue(flight, now)
             return None
         start, flight.landing = len(flight.trajectory.token_ids), result.finish_reason
-        self._append(flight, result)
+        self._book.append(flight, result)
         return Landing(
             flight_id=flight.flight_id,
             run_id=flight.submission.run_id,
@@ -298,17 +201,17 @@ class Scheduler:
 
     def landed(self, flight_id: str, now: float) -> None:
         """The chunk that `land` returned is durable: the trajectory goes on, or has ended."""
-        flight = self._flights.get(flight_id)
+        flight = self._book.flights.get(flight_id)
         if flight is None or flight.phase is not Phase.LANDING or flight.landing is None:
-            self.counts.num_stale_results += 1  # it failed in between
+            self._book.counts.num_stale_results += 1  # it failed in between
             return
         reason, flight.landing = flight.landing, None
         is_full = len(flight.trajectory.token_ids) >= flight.submission.request.sampling.max_tokens
         if reason is FinishReason.STOP or is_full:  # an abort may cross the last token on its way
             self._dispatcher.end(flight_id)
-            self._conclude(flight, FinishReason.STOP if reason is FinishReason.STOP else FinishReason.LENGTH, now)
+            self._book.conclude(flight, FinishReason.STOP if reason is FinishReason.STOP else FinishReason.LENGTH, now)
         elif flight.submission.is_aborted:
-            self._end_aborted(flight, now)
+            self._book.end_aborted(flight, now)
         else:
             self._continue(flight, now)
 
@@ -320,18 +223,18 @@ class Scheduler:
 
     def on_chunk_failed(self, flight_id: str, shard: int, kind: FailureKind, reason: str, now: float) -> None:
         """Running this chunk failed for a reason that another engine would not cure; see `on_chunk`."""
-        flight = self._flights.get(flight_id)
+        flight = self._book.flights.get(flight_id)
         if flight is None or flight.phase is not Phase.RUNNING or self._shard_of(flight) != shard:
-            self.counts.num_stale_results += 1
+            self._book.counts.num_stale_results += 1
             return
-        self._fail(flight, kind, reason, now)
+        self._book.fail(flight, kind, reason, now)
 
     def on_internal_error(self, flight_id: str, reason: str, now: float) -> None:
         """Handling this trajectory raised, wherever it was: it fails, so that nothing waits for it."""
-        flight = self._flights.get(flight_id)
+        flight = self._book.flights.get(flight_id)
         if flight is None:
             return
-        self._fail(flight, FailureKind.INTERNAL, reason, now)
+        self._book.fail(flight, FailureKind.INTERNAL, reason, now)
 
     def on_shard_death(self, shard: int, reason: str, now: float) -> None:
         """Take a shard out; its chunks run elsewhere with all tokens of earlier chunks, or fail.
@@ -342,7 +245,7 @@ class Scheduler:
             return
         self._death_reason, self._died_at = reason, now
         for flight_id in self._dispatcher.on_shard_down(shard):
-            self._retry_or_fail(self._flights[flight_id], FailureKind.ENGINE_DEAD, reason, now)
+            self._retry_or_fail(self._book.flights[flight_id], FailureKind.ENGINE_DEAD, reason, now)
         self.keep_house(now)
 
     def on_shard_up(self, shard: int, capacity: ShardCapacity) -> None:
@@ -369,7 +272,7 @@ class Scheduler:
         """
         self._version = version
         running: dict[int, list[str]] = {}
-        for flight in [f for f in self._flights.values() if self._is_stale(f, version)]:
+        for flight in [f for f in self._book.flights.values() if self._is_stale(f, version)]:
             if flight.phase is Phase.QUEUED:
                 self._continue(flight, now)
             elif flight.phase is Phase.RUNNING:
@@ -379,7 +282,7 @@ class Scheduler:
     def num_too_old_for(self, version: int) -> int:
         """Trajectories that are still generated and would be too old if this version were live."""
         phases = (Phase.QUEUED, Phase.RUNNING, Phase.LANDING)
-        return sum(f.phase in phases and self._is_stale(f, version) for f in self._flights.values())
+        return sum(f.phase in phases and self._is_stale(f, version) for f in self._book.flights.values())
 
     def _is_stale(self, flight: Flight, version: int) -> bool:
         spans, most = flight.trajectory.weight_versions, self._config.max_staleness
@@ -387,27 +290,27 @@ class Scheduler:
 
     def restart_queued(self, now: float) -> None:
         """Drop the tokens of queued trajectories: new weights, and partial rollouts are not wanted."""
-        for flight in self._flights.values():
+        for flight in self._book.flights.values():
             if flight.phase is Phase.QUEUED and flight.trajectory.token_ids:
-                self._drop_tokens(flight)
+                self._book.drop_tokens(flight)
 
     def on_reward(self, flight_id: str, reward: float, extras: dict[str, float], now: float) -> None:
         """A trajectory was scored."""
-        flight = self._flights.get(flight_id)
+        flight = self._book.flights.get(flight_id)
         if flight is None or flight.phase is not Phase.SCORING:
-            self.counts.num_stale_results += 1
+            self._book.counts.num_stale_results += 1
             return
         flight.trajectory.reward = reward
         flight.trajectory.metadata["score"] = dict(extras)
-        self._finish(flight, now)
+        self._book.finish(flight, now)
 
     def on_reward_failed(self, flight_id: str, kind: FailureKind, reason: str, now: float) -> None:
         """A trajectory could not be scored: it is failed with the reason and has no reward."""
-        flight = self._flights.get(flight_id)
+        flight = self._book.flights.get(flight_id)
         if flight is None or flight.phase is not Phase.SCORING:
-            self.counts.num_stale_results += 1
+            self._book.counts.num_stale_results += 1
             return
-        self._fail(flight, kind, reason, now)
+        self._book.fail(flight, kind, reason, now)
 
     def _shard_of(self, flight: Flight) -> int:
         job = self._dispatcher.job(flight.flight_id)
@@ -420,11 +323,11 @@ class Scheduler:
             if self._config.on_stale is OnStale.DROP:
                 versions = f"begun under version {flight.trajectory.weight_versions[0].version}, now {self._version}"
                 reason = f"too stale: {versions}, max_staleness {self._config.max_staleness}"
-                self._fail(flight, FailureKind.STALE, reason, now)
+                self._book.fail(flight, FailureKind.STALE, reason, now)
                 return
             if self._config.on_stale is OnStale.REGENERATE:
-                self.counts.num_regenerated += 1
-                self._drop_tokens(flight)
+                self._book.counts.num_regenerated += 1
+                self._book.drop_tokens(flight)
         if flight.phase is Phase.LANDING:
             self._dispatcher.resume(flight.flight_id)
         flight.phase = Phase.QUEUED
@@ -443,98 +346,17 @@ class Scheduler:
             sampling=flight.submission.request.sampling,
         )
 
-    def _append(self, flight: Flight, result: ChunkResult) -> None:
-        flight.trajectory.append(result)
-        flight.submission.num_tokens += len(result.token_ids)
-        flight.num_retries = 0
-        record = flight.trajectory.metadata
-        record.setdefault("ttft_s", result.ttft_s)
-        record["shards"] = [*record.get("shards", []), result.shard]
-        record["generate_s"] = record.get("generate_s", 0.0) + result.duration_s
-        record["num_cached_tokens"] = record.get("num_cached_tokens", 0) + result.num_cached_tokens
-
-    def _conclude(self, flight: Flight, reason: FinishReason, now: float) -> None:
-        """Generation has ended by itself: score the trajectory, if it is to be scored."""
-        trajectory, request = flight.trajectory, flight.submission.request
-        trajectory.finish_reason = reason
-        trajectory.move_to(Status.COMPLETED if reason is FinishReason.STOP else Status.TRUNCATED)
-        if request.reward == UNSCORED:
-            self._finish(flight, now)
-            return
-        flight.phase = Phase.SCORING
-        self._score_jobs.append(
-            ScoreJob(flight_id=flight.flight_id, group=flight.group, trajectory=trajectory, reward=request.reward)
-        )
-
     def _retry_or_fail(self, flight: Flight, kind: FailureKind, reason: str, now: float) -> None:
         """A chunk was lost with its engine; the tokens of earlier chunks are kept."""
         if flight.submission.is_aborted:
-            self._end_aborted(flight, now)
+            self._book.end_aborted(flight, now)
         elif flight.num_retries >= self._config.max_retries:
-            self._fail(flight, kind, f"lost {flight.num_retries + 1} times in a row; last: {reason}", now)
+            self._book.fail(flight, kind, f"lost {flight.num_retries + 1} times in a row; last: {reason}", now)
         else:
             flight.num_retries += 1
-            self.counts.num_retries += 1
+            self._book.counts.num_retries += 1
             self._continue(flight, now)
 
-    def _drop_tokens(self, flight: Flight) -> None:
-        trajectory = flight.trajectory
-        self.counts.num_tokens_discarded += len(trajectory.token_ids)
-        flight.submission.num_tokens -= len(trajectory.token_ids)
-        for tokens in (trajectory.token_ids, trajectory.logprobs, trajectory.loss_mask, trajectory.weight_versions):
-            tokens.clear()
-        trajectory.routed_experts = ()
-        flight.epoch += 1
-        flight.submission.epochs[trajectory.group_id][trajectory.sample_index] = flight.epoch
-        self._dispatcher.set_tokens(flight.flight_id, 0)
-        self._restarts.append(
-            Restart(
-                run_id=flight.submission.run_id,
-                group_id=trajectory.group_id,
-                sample_index=trajectory.sample_index,
-                epoch=flight.epoch,
-            )
-        )
-
-    def _end_aborted(self, flight: Flight, now: float) -> None:
-        flight.trajectory.finish_reason = FinishReason.ABORT
-        flight.trajectory.move_to(Status.ABORTED)
-        self.counts.num_aborted += 1
-        self._finish(flight, now)
-
-    def _fail(self, flight: Flight, kind: FailureKind, reason: str, now: float) -> None:
-        flight.trajectory.fail(reason)
-        flight.trajectory.metadata["failure_kind"] = kind.value
-        if flight.trajectory.finish_reason is None:
-            flight.trajectory.finish_reason = FinishReason.ERROR
-        self.counts.num_failed[kind.value] = self.counts.num_failed.get(kind.value, 0) + 1
-        self._finish(flight, now)
-
     def _fail_all_queued(self, reason: str, now: float) -> None:
-        for flight in [f for f in self._flights.values() if f.phase is Phase.QUEUED]:
-            self._fail(flight, FailureKind.ENGINE_DEAD, reason, now)
-
-    def _finish(self, flight: Flight, now: float) -> None:
-        self._dispatcher.remove(flight.flight_id)
-        flight.phase = Phase.FINAL
-        flight.trajectory.metadata["total_s"] = now - flight.submitted_at
-        if flight.trajectory.status in (Status.COMPLETED, Status.TRUNCATED):
-            self.counts.num_finished += 1
-        submission, group = flight.submission, flight.group
-        del self._flights[flight.flight_id], submission.flights[flight.flight_id]
-        submission.num_pending[group.group_id] -= 1
-        if submission.num_pending[group.group_id] == 0:
-            self._finish_group(submission, group)
-
-    def _finish_group(self, submission: Submission, group: Group) -> None:
-        submission.num_groups_pending -= 1
-        self._finished.append(
-            FinishedGroup(
-                handle_id=submission.handle_id,
-                run_id=submission.run_id,
-                group=group,
-                epochs=tuple(submission.epochs.pop(group.group_id)),
-                is_new=group.group_id not in submission.restored,
-                is_whole=all(t.status is not Status.ABORTED for t in group.trajectories),
-            )
-        )
+        for flight in [f for f in self._book.flights.values() if f.phase is Phase.QUEUED]:
+            self._book.fail(flight, FailureKind.ENGINE_DEAD, reason, now)

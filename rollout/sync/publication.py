@@ -36,7 +36,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from enum import Enum
 from typing import Any
 
@@ -48,8 +48,8 @@ from rollout.sync.catch_up import behind_live, bring_up
 from rollout.sync.encoding import TensorPlan
 from rollout.sync.manifest import BucketRef, Piece, check_tiling
 from rollout.sync.members import Members, OnDead
-from rollout.sync.receivers import Call, Receiver, ask, failed, insist, said
-from rollout.sync.switch import Fate, Outcome, switch_groups
+from rollout.sync.receivers import Call, Receiver, ask, failed, insist, said, watched
+from rollout.sync.switch import Fate, Outcome, reasons, switch_groups
 
 logger = logging.getLogger(__name__)
 
@@ -195,7 +195,7 @@ class Publisher:
             staging = attempt.find(ref)
             if staging is None:
                 attempt.admit(ref)
-                staging = _watched(self._stage_everywhere(attempt, ref))
+                staging = watched(self._stage_everywhere(attempt, ref))
                 attempt.staging[ref.sender, ref.index] = (ref, staging)
         except SyncRefused as fault:
             await self._drop(attempt, str(fault))
@@ -216,7 +216,7 @@ class Publisher:
             return self._last_report
         attempt = self._expect_open(f"commit of version {version}", version, State.STAGING, State.FLIPPING)
         if self._commit is None:
-            self._commit = _watched(self._run_commit(attempt, in_flight or self._config.in_flight))
+            self._commit = watched(self._run_commit(attempt, in_flight or self._config.in_flight))
         return await asyncio.shield(self._commit)
 
     async def abandon(self, version: int) -> None:
@@ -311,9 +311,9 @@ class Publisher:
             if self._attempt is attempt:
                 self._attempt = None
         if not self.serving:
-            raise EngineDead(f"version {attempt.version}: no shard is left that serves: {_reasons(outcomes)}")
+            raise EngineDead(f"version {attempt.version}: no shard is left that serves: {reasons(outcomes)}")
         if not is_live:
-            raise SyncRefused(f"version {attempt.version}: the old version goes on serving: {_reasons(outcomes)}")
+            raise SyncRefused(f"version {attempt.version}: the old version goes on serving: {reasons(outcomes)}")
         self._last_report = attempt.report(
             num_tensors=len(self._num_rows),
             num_bytes_full=self._num_bytes_full,
@@ -389,14 +389,3 @@ class Publisher:
         if not faults:
             return SyncRefused(f"{step}: shards left or joined the fleet meanwhile; send it again")
         return SyncRefused(f"{step} failed on {len(faults)} of {num_asked} shards: {said(faults, timeout_s)}")
-
-
-def _reasons(outcomes: Mapping[int, Outcome]) -> str:
-    return "; ".join(f"group {group}: {outcome.reason or outcome.fate.value}" for group, outcome in outcomes.items())
-
-
-def _watched(work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
-    """A task that ends even if whoever started it is cancelled; its fault is then nobody's."""
-    task = asyncio.get_running_loop().create_task(work)
-    task.add_done_callback(lambda done: done.cancelled() or done.exception())
-    return task

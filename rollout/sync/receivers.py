@@ -7,7 +7,7 @@ the order of steps.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from typing import Any, Protocol
 
 from rollout.config import InFlight
@@ -82,6 +82,13 @@ def failed(answers: Mapping[int, Any]) -> dict[int, BaseException]:
 def said(faults: Mapping[int, BaseException], timeout_s: float) -> str:
     """What failed shards said, for an error message."""
     return "; ".join(f"shard {rank}: {_one_said(fault, timeout_s)}" for rank, fault in faults.items())
+
+
+def watched(work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+    """A task that ends even if whoever started it is cancelled; its fault is then nobody's."""
+    task = asyncio.get_running_loop().create_task(work)
+    task.add_done_callback(lambda done: done.cancelled() or done.exception())
+    return task
 
 
 def _one_said(fault: BaseException, timeout_s: float) -> str:

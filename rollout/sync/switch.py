@@ -52,6 +52,11 @@ async def switch_groups(
     return dict(zip(members, outcomes, strict=True))
 
 
+def reasons(outcomes: Mapping[int, Outcome]) -> str:
+    """What became of every group, for an error message."""
+    return "; ".join(f"group {group}: {outcome.reason or outcome.fate.value}" for group, outcome in outcomes.items())
+
+
 async def _switch(receivers: Receivers, attempt: int, version: int, timeout_s: float) -> Outcome:
     armed = failed(await insist(receivers, lambda r: r.arm(attempt), timeout_s))
     if not armed:

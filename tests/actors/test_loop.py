@@ -10,8 +10,9 @@ import ray
 from actors.service import Service
 from actors.trainer_group import TrainerGroup
 from rollout.client import RolloutClient
-from rollout.config import ClusterConfig, ModelConfig, SamplingConfig, SyncConfig, TrainerConfig
+from rollout.config import ClusterConfig, ModelConfig, SamplingConfig, SyncConfig
 from rollout.tasks import TRAIN_SEED, make_task, render
+from rollout.trainer_config import TrainerConfig
 from rollout.types import Chunk, Prompt, SamplingParams, Status
 
 pytestmark = pytest.mark.engine

@@ -16,12 +16,13 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 from actors.served_encoding import ServedEncoding
 from actors.trainer_group import TrainerGroup
 from rollout.batch import MicroBatch, mini_batches, pad, select
-from rollout.config import ClusterConfig, LossAggregation, ModelConfig, SamplingConfig, SyncConfig, TrainerConfig
+from rollout.config import ClusterConfig, ModelConfig, SamplingConfig, SyncConfig
 from rollout.cursor import Cursor
 from rollout.errors import CheckpointBroken, InvalidRequest, SyncRefused, TrainerDead
 from rollout.loss import importance_weights, policy_loss, selected_logprobs
 from rollout.sync.checkpoint_names import checkpoint_specs, split_parameter
 from rollout.sync.encoding import TensorPlan
+from rollout.trainer_config import LossAggregation, TrainerConfig
 from rollout.types import Group, Prompt, Status, Trajectory
 from tests.actors.shadow_controller import ShadowController, decoded
 

@@ -13,18 +13,7 @@ from actors.trainer_group import TrainerGroup
 from actors.trainer_replay import RouterReplay, fetch_recorded
 from actors.trainer_rescore import RoundedKv, ServedWeights, round_int8
 from rollout.batch import MicroBatch, pad, select
-from rollout.config import (
-    ClusterConfig,
-    EngineConfig,
-    Int4Config,
-    MismatchBudget,
-    MismatchConfig,
-    ModelConfig,
-    OverBudget,
-    SamplingConfig,
-    SyncConfig,
-    TrainerConfig,
-)
+from rollout.config import ClusterConfig, EngineConfig, Int4Config, ModelConfig, SamplingConfig, SyncConfig
 from rollout.cursor import Cursor
 from rollout.errors import MismatchOverBudget
 from rollout.loss import selected_logprobs
@@ -32,6 +21,7 @@ from rollout.mismatch import Knobs, measure
 from rollout.routing import Routing, pack
 from rollout.sync.checkpoint_names import checkpoint_specs
 from rollout.sync.encoding import plan_tensors
+from rollout.trainer_config import MismatchBudget, MismatchConfig, OverBudget, TrainerConfig
 from rollout.types import Chunk, Group, Prompt, SamplingParams, Status, Trajectory, VersionSpan
 
 pytestmark = pytest.mark.ray

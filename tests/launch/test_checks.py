@@ -3,8 +3,8 @@
 import pytest
 
 from launch.compose import compose
-from rollout.config import OverBudget
 from rollout.errors import InvalidRequest
+from rollout.trainer_config import OverBudget
 
 CAPTURED = "engine.enable_return_routed_experts=true"
 

@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rollout.batch import deal, empty_micro_batch, mini_batches, pad, plan_ranks, plan_updates, select
-from rollout.config import LossAggregation, TrainerConfig
 from rollout.errors import InvalidRequest
+from rollout.trainer_config import LossAggregation, TrainerConfig
 from rollout.types import Group, Prompt, Status, Trajectory
 
 MAX_TOKENS = 50

@@ -7,7 +7,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rollout.config import LossAggregation
 from rollout.loss import (
     group_advantages,
     importance_weights,
@@ -20,6 +19,7 @@ from rollout.loss import (
 from rollout.lr_schedule import lr_at
 from rollout.mismatch import NO_MISMATCH, measure
 from rollout.train_metrics import StepSums
+from rollout.trainer_config import LossAggregation
 
 
 def test_advantages():

@@ -5,7 +5,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rollout.config import MismatchBudget, MismatchConfig, OverBudget
 from rollout.cursor import Cursor
 from rollout.errors import InvalidRequest, MismatchOverBudget
 from rollout.mismatch import (
@@ -19,6 +18,7 @@ from rollout.mismatch import (
     report_of,
     respond,
 )
+from rollout.trainer_config import MismatchBudget, MismatchConfig, OverBudget
 
 
 def sums(num_tokens: int, kl: float) -> Mismatch:

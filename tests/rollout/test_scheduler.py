@@ -106,12 +106,12 @@ def test_every_trajectory_ends_once_and_no_token_is_lost(seed, chunk_tokens, par
         for shard in range(num_shards):
             assert scheduler.running_on(shard) == sorted(f for f, d in running.items() if d.shard == shard)
             assert len(scheduler.running_on(shard)) <= max_running
-        for job in scheduler.take_score_jobs():
+        for job in scheduler.book.take_score_jobs():
             if rng.random() < 0.8:
                 scheduler.on_reward(job.flight_id, 1.0, {}, step)
             else:
                 scheduler.on_reward_failed(job.flight_id, FailureKind.REWARD_RAISED, "it raised", step)
-        groups += [(f.handle_id, f.group) for f in scheduler.take_finished()]
+        groups += [(f.handle_id, f.group) for f in scheduler.book.take_finished()]
         if not running:
             break
         draw = rng.random()
@@ -148,8 +148,8 @@ def test_every_trajectory_ends_once_and_no_token_is_lost(seed, chunk_tokens, par
     assert kept + counts.num_tokens_discarded == num_received
     assert (scheduler.num_queued, scheduler.num_running) == (0, 0)
     for handle in handles:
-        assert scheduler.progress(handle).num_pending == 0
-        scheduler.forget(handle)
+        assert scheduler.book.progress(handle).num_pending == 0
+        scheduler.book.forget(handle)
 
 
 def test_chunks_continue_on_the_same_shard_until_the_budget():
@@ -161,7 +161,7 @@ def test_chunks_continue_on_the_same_shard_until_the_budget():
         budgets.append(dispatch.chunk.max_tokens)
         shards.add(dispatch.shard)
         scheduler.on_chunk(answer(dispatch), 0.0)
-    [finished] = scheduler.take_finished()
+    [finished] = scheduler.book.take_finished()
     [trajectory] = finished.group.trajectories
     assert (budgets, len(shards), trajectory.status) == ([3, 3, 2], 1, Status.TRUNCATED)
     check_record(trajectory)
@@ -194,7 +194,7 @@ def test_restart_queued_drops_the_tokens_of_a_waiting_continuation():
     scheduler.restart_queued(0.0)
     [dispatch] = scheduler.next_dispatches(0.0)
     assert len(dispatch.chunk.token_ids) == dispatch.chunk.num_prompt_tokens
-    assert scheduler.progress("h").num_tokens == 0
+    assert scheduler.book.progress("h").num_tokens == 0
 
 
 def test_client_abort_keeps_tokens_of_running_chunks_and_finished_groups():
@@ -205,7 +205,7 @@ def test_client_abort_keeps_tokens_of_running_chunks_and_finished_groups():
     assert scheduler.abort("h", 0.0) == {second.shard: [second.chunk.trajectory_id]}
     assert scheduler.abort("h", 0.0) == {second.shard: [second.chunk.trajectory_id]}
     scheduler.on_chunk(answer(second, 3, FinishReason.ABORT), 0.0)
-    by_id = {f.group.group_id: f.group.trajectories[0] for f in scheduler.take_finished()}
+    by_id = {f.group.group_id: f.group.trajectories[0] for f in scheduler.book.take_finished()}
     assert [by_id[f"g{i}"].status.value for i in range(4)] == ["completed", "aborted", "aborted", "aborted"]
     assert [len(by_id[f"g{i}"].token_ids) for i in range(4)] == [2, 3, 0, 0]
 
@@ -223,7 +223,7 @@ def test_engine_death_retries_elsewhere_then_fails_with_the_reason():
     scheduler.on_chunk_failed(flight_id, dispatch.shard, FailureKind.ENGINE_ERROR, "too late", 0.0)
     assert scheduler.counts.num_stale_results == 1 and scheduler.running_on(again.shard) == [flight_id]
     scheduler.on_shard_death(again.shard, "killed too", 0.0)
-    [finished] = scheduler.take_finished()
+    [finished] = scheduler.book.take_finished()
     [trajectory] = finished.group.trajectories
     assert trajectory.status is Status.FAILED and "killed too" in trajectory.error and trajectory.reward is None
     assert len(trajectory.token_ids) == 2 and scheduler.counts.num_failed == {"engine_dead": 1}
@@ -234,7 +234,7 @@ def test_without_engines_everything_fails_and_submissions_are_refused():
     scheduler.submit("h", make_request(), 0.0)
     scheduler.next_dispatches(0.0)
     scheduler.on_shard_death(0, "out of memory", 0.0)
-    assert len(scheduler.take_finished()) == 2
+    assert len(scheduler.book.take_finished()) == 2
     with pytest.raises(EngineDead, match="out of memory"):
         scheduler.submit("h2", make_request(), 0.0)
     scheduler.on_shard_up(0, ShardCapacity(max_running=4, kv_tokens=4096))
@@ -260,7 +260,7 @@ def test_an_inconsistent_result_fails_its_trajectory_only(change):
     fields = {name: getattr(result, name) for name in result.__dataclass_fields__} | change
     scheduler.on_chunk(ChunkResult(**fields), 0.0)
     scheduler.on_chunk(answer(good), 0.0)
-    statuses = [f.group.trajectories[0].status for f in scheduler.take_finished()]
+    statuses = [f.group.trajectories[0].status for f in scheduler.book.take_finished()]
     assert statuses == [Status.FAILED, Status.TRUNCATED]
     assert scheduler.counts.num_failed == {"engine_error": 1}
 
