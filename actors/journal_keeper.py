@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any
 
 from rollout.config import JournalConfig
-from rollout.journal.errors import JournalFull, JournalLost
+from rollout.journal.errors import JournalConflict, JournalFull, JournalLost
 from rollout.journal.opening import open_journal
 from rollout.journal.records import RestoredTrajectory, TrajectoryKey
 from rollout.scheduler.intake import Restored
@@ -39,6 +39,7 @@ class JournalKeeper:
     def __init__(self, config: JournalConfig) -> None:
         self._journal = open_journal(config) if config.dsn is not None else None
         self._durable: set[str] = set()  # run ids
+        self._line, self._num_in_line = asyncio.Lock(), 0  # calls that wait; first come, first served
         self._compacted_at = 0.0
         self.num_waits = 0
         self.trouble: str | None = None
@@ -64,11 +65,13 @@ class JournalKeeper:
         journal, run_id = self._journal, request.run_id
         known = await self._surely(partial(journal.submit, run_id, request, handle_id))
         self._durable.add(run_id)
-        return {
-            group.group_id: [_restored(one, request) for one in group.trajectories]
-            for group in known
-            if not group.is_acknowledged
-        }
+        learned = [group for group in known if group.is_acknowledged]
+        if learned:
+            raise JournalConflict(
+                f"group {learned[0].group_id} of run {run_id}: got it asked for again, expected no group that a "
+                f"checkpoint has learned from ({learned[0].checkpoint}); {len(learned)} of {len(request.group_ids)} are"
+            )
+        return {group.group_id: [_restored(one, request) for one in group.trajectories] for group in known}
 
     async def append(self, landing: Landing) -> None:
         """Make a chunk durable. Raises JournalConflict."""
@@ -114,19 +117,38 @@ class JournalKeeper:
             await self._journal.close()
 
     async def _surely(self, call: Callable[[], Awaitable[Any]]) -> Any:
-        """Call until there is room and the server is there again."""
+        """Call until there is room and the server is there again.
+
+        Whoever comes while others wait queues behind them: a chunk must not overtake the restart before it.
+        """
+        if self._num_in_line == 0:
+            try:
+                return await call()
+            except (JournalFull, JournalLost) as error:
+                self._note(error)
+        self._num_in_line += 1
+        try:
+            async with self._line:
+                return await self._until_it_can(call)
+        finally:
+            self._num_in_line -= 1
+
+    async def _until_it_can(self, call: Callable[[], Awaitable[Any]]) -> Any:
         while True:
             try:
                 answer = await call()
             except (JournalFull, JournalLost) as error:
-                self.num_waits += 1
-                if self.trouble != str(error):
-                    logger.error("the journal cannot write, so trajectories wait: %s", error)
-                self.trouble = str(error)
+                self._note(error)
                 await asyncio.sleep(RETRY_S)
             else:
                 self.trouble = None
                 return answer
+
+    def _note(self, error: Exception) -> None:
+        self.num_waits += 1
+        if self.trouble != str(error):
+            logger.error("the journal cannot write, so trajectories wait: %s", error)
+        self.trouble = str(error)
 
 
 def _key(place: Landing | Restart) -> TrajectoryKey:

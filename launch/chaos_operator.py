@@ -19,7 +19,7 @@ from pathlib import Path
 
 import psutil
 
-from launch.chaos_victims import family
+from launch.chaos_victims import family, is_worker
 from rollout.config import JournalConfig
 from rollout.errors import InvalidRequest, LongrollError
 from rollout.journal.opening import open_reader
@@ -55,7 +55,7 @@ class Life:
     Attributes:
         exit_code: Negative for a signal.
         last_words: Its last line of output that names an error, or "".
-        num_orphans: Processes that did not end with it.
+        num_orphans: Engines and actors that did not end with it.
     """
 
     exit_code: int
@@ -134,12 +134,13 @@ class Operator:
         if process.poll() is None:
             process.kill()
         process.wait()
-        _, orphans = psutil.wait_procs(list(everyone.values()), timeout=LEAVE_S)
-        for orphan in orphans:
+        _, late = psutil.wait_procs(list(everyone.values()), timeout=LEAVE_S)
+        num_orphans = sum(is_worker(orphan) for orphan in late)
+        for orphan in late:
             with contextlib.suppress(psutil.NoSuchProcess):
                 orphan.kill()
         self._family = []
-        life = Life(exit_code=process.returncode, last_words=self._last_words(), num_orphans=len(orphans))
+        life = Life(exit_code=process.returncode, last_words=self._last_words(), num_orphans=num_orphans)
         self.lives.append(life)
         with self._lives.open("a") as file:
             file.write(json.dumps(asdict(life)) + "\n")

@@ -100,6 +100,15 @@ def by_kind(driver: int) -> dict[Kind, list[psutil.Process]]:
     return {kind: [process for _, _, process in sorted(some, key=lambda one: one[:2])] for kind, some in found.items()}
 
 
+def is_worker(process: psutil.Process) -> bool:
+    """Whether it is an engine's or an actor's process. Ray's own agents are neither; they take a minute to leave."""
+    try:
+        title = process.cmdline()[0]
+    except (psutil.Error, IndexError):
+        return False
+    return title.startswith((*TITLES.values(), "VLLM::"))
+
+
 def is_gone(process: psutil.Process) -> bool:
     """Whether a process has ended, whoever waits for it or not."""
     try:

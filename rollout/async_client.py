@@ -98,7 +98,11 @@ class AsyncRolloutClient:
             except (ServiceLost, UnknownHandle):
                 if reading.request is None:
                     raise
-                reading.again(await self._submit(reading.request))
+                missing = reading.missing()
+                if missing is None:
+                    self._reader.forget(handle)
+                    return
+                reading.again(await self._submit(missing))
                 continue
             for group, is_last in reading.new_groups(delivery):
                 if is_last:  # before the yield: a caller that knows the number of groups never comes back
@@ -146,8 +150,14 @@ class AsyncRolloutClient:
         return handle.in_order(done)
 
     async def abort(self, handle: RolloutHandle) -> None:
-        """Give up what is unfinished; every group of the handle can still be read."""
-        await self._call("abort", self._reader.of(handle).handle.handle_id)
+        """Give up what is unfinished; every group of the handle can still be read, unless the controller dies."""
+        reading = self._reader.of(handle)
+        reading.is_aborted = True
+        try:
+            await self._call("abort", reading.handle.handle_id)
+        except (ServiceLost, UnknownHandle):  # nothing of it runs under a controller that does not know it
+            if reading.request is None or self._find is None:
+                raise
 
     async def acknowledge_groups(self, run_id: str, group_ids: Sequence[str], checkpoint: str) -> int:
         """A checkpoint that is safe has learned from these groups; see RolloutClient.acknowledge_groups."""

@@ -133,7 +133,11 @@ class RolloutClient:
             except (ServiceLost, UnknownHandle):
                 if reading.request is None:
                     raise
-                reading.again(self._submit(reading.request))
+                missing = reading.missing()
+                if missing is None:
+                    self._reader.forget(handle)
+                    return
+                reading.again(self._submit(missing))
                 continue
             for group, is_last in reading.new_groups(delivery):
                 if is_last:  # before the yield: a caller that knows the number of groups never comes back
@@ -181,8 +185,14 @@ class RolloutClient:
         return handle.in_order(done)
 
     def abort(self, handle: RolloutHandle) -> None:
-        """Give up what is unfinished; every group of the handle can still be read."""
-        self._call("abort", self._reader.of(handle).handle.handle_id)
+        """Give up what is unfinished; every group of the handle can still be read, unless the controller dies."""
+        reading = self._reader.of(handle)
+        reading.is_aborted = True
+        try:
+            self._call("abort", reading.handle.handle_id)
+        except (ServiceLost, UnknownHandle):  # nothing of it runs under a controller that does not know it
+            if reading.request is None or self._find is None:
+                raise
 
     def acknowledge_groups(self, run_id: str, group_ids: Sequence[str], checkpoint: str) -> int:
         """A checkpoint that is safe has learned from these groups: they are never delivered again.

@@ -1,13 +1,14 @@
 """What a client has read of its submissions, and how it goes on after the service lost its memory.
 
-Owns the acknowledgements that the controller has not heard of yet, and the groups that were seen: a controller
-that took the place of another one delivers again what is durable. Knows nothing of how calls are made.
+Owns the acknowledgements that the controller has not heard of yet, and the groups that were seen: of a controller
+that took the place of another one only the rest is asked for again, and comes back as far as it is durable. Knows
+nothing of how calls are made.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from rollout.handles import Delivery, RolloutHandle
 from rollout.types import Group, RolloutRequest
@@ -22,15 +23,34 @@ class Reading:
         request: To be made again when the controller has lost it; None for one without a run id.
         taken: Groups of the last delivery that the caller has had; acknowledged with the next call.
         seen: Groups that the caller has had from any controller.
+        is_aborted: The caller gave up what is unfinished.
     """
 
     handle: RolloutHandle
     request: RolloutRequest | None = None
     taken: list[str] = field(default_factory=list)
     seen: set[str] = field(default_factory=set)
+    is_aborted: bool = False
+
+    def missing(self) -> RolloutRequest | None:
+        """The request for what the caller has not had, of a submission that can be made again; None for nothing.
+
+        The groups that it has had may be learned from by now, and are not to be asked for again.
+        """
+        assert self.request is not None, "only a request with a run id can be made again"
+        if self.is_aborted:
+            return None
+        places = [place for place, group_id in enumerate(self.request.group_ids) if group_id not in self.seen]
+        if not places:
+            return None
+        return replace(
+            self.request,
+            prompts=tuple(self.request.prompts[place] for place in places),
+            group_ids=tuple(self.request.group_ids[place] for place in places),
+        )
 
     def again(self, handle: RolloutHandle) -> None:
-        """The request was made again."""
+        """What was missing was asked for again."""
         self.handle, self.taken = handle, []
 
     def new_groups(self, delivery: Delivery) -> Iterator[tuple[Group, bool]]:

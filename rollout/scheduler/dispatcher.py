@@ -227,30 +227,34 @@ class Dispatcher:
         self._book.take_down(rank)
         for job_id in lost:
             self.on_lost(job_id, 0.0)
-        for entry in self._lanes.pop(rank, []):  # what was dealt to it is dealt again
-            waiting = self._current(entry)
-            if waiting is not None:
-                self._requeue(waiting)
+        self._deal_again(rank)
         return lost
 
     def on_shard_up(self, rank: int, capacity: ShardCapacity) -> None:
         """A shard serves: a new one, or one that was down, with nothing on it."""
         self._draining.discard(rank)
         self._book.put_up(rank, capacity)
-        self._open_lanes.update([rank] if self._static is not None else [None])
+        if self._static is not None:
+            self._open_lanes.add(rank)
+            self._deal_again(None)
+        else:
+            self._open_lanes.add(None)
 
     def drain(self, rank: int) -> None:
         """A shard gets nothing new; what it runs is cut at once and goes on elsewhere."""
         self._book.drain(rank)
         self._draining.add(rank)
+        self._deal_again(rank)
 
     def take_cuts(self, now: float) -> list[tuple[int, str]]:
         """Running chunks to be cut now, each named once; their tokens so far come back through `on_chunk`."""
         cuts: list[tuple[int, str]] = []
         for rank in self._draining:
             cuts += [(rank, job_id) for job_id in self.running_on(rank) if job_id not in self._cutting]
-        cuts += self._cuts_for_the_urgent()
         self._cutting.update(job_id for _, job_id in cuts)
+        urgent = self._cuts_for_the_urgent()
+        self._cutting.update(job_id for _, job_id in urgent)
+        cuts += urgent
         self.counts.num_cuts += len(cuts)
         return cuts
 
@@ -311,6 +315,15 @@ class Dispatcher:
         entry = (job.priority, self._policy.key(job), job.order, job.stamp, job.job_id)
         heapq.heappush(self._lanes.setdefault(lane, []), entry)
         self._open_lanes.add(lane)
+
+    def _deal_again(self, lane: int | None) -> None:
+        """Under static: what waits for a shard that takes nothing more, or for any to serve, gets another one."""
+        if self._static is None:
+            return
+        for entry in self._lanes.pop(lane, []):
+            waiting = self._current(entry)
+            if waiting is not None:
+                self._requeue(waiting)
 
     def _order_again(self, group_id: str) -> None:
         """A member has ended: what is expected of its siblings has changed."""

@@ -22,7 +22,7 @@ from launch.chaos import Options, figures_of, is_good, main, overrides_of, recor
 from launch.chaos_campaign import Kill, line, read_kills
 from launch.chaos_operator import Operator
 from launch.chaos_verdict import Ledger, Ties, failures, num_duplicated, num_lost, read_ledger, sameness
-from launch.chaos_victims import Kind, by_kind, is_gone, plan
+from launch.chaos_victims import Kind, by_kind, is_gone, is_worker, plan
 from launch.compose import compose
 from launch.token_counts import TokenCount, total_tokens
 from rollout.config import JournalConfig
@@ -260,6 +260,7 @@ def test_victims_are_found_by_their_titles(pretenders: list[subprocess.Popen[byt
         Kind.DRIVER: [os.getpid()],
     }
     assert not is_gone(found[Kind.SHARD][0]), "a stopped process is there"
+    assert [is_worker(psutil.Process(process.pid)) for process in pretenders] == [True, True, True, True, False]
     pretenders[1].kill()
     psutil.wait_procs([psutil.Process(pretenders[1].pid)], timeout=10)
     assert is_gone(found[Kind.CONTROLLER][0]) and by_kind(os.getpid())[Kind.CONTROLLER] == []
