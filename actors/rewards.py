@@ -7,6 +7,7 @@ queues or engines, and leaves the meaning of a reward to `rollout.rewards`.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,15 @@ from rollout.types import Prompt
 
 logger = logging.getLogger(__name__)
 START_TIMEOUT_S = 120.0  # a new process: interpreter, tokenizer, and the reward function's own imports
+MAX_TRIES = 2  # of one score: a process that died or hung may have done so for a reason of its own
 
 
 class RewardTimeout(RewardFailed):
     """A reward function ran longer than it may; its process was killed."""
+
+
+class RewardProcessDied(RewardFailed):
+    """The process of a reward function is gone."""
 
 
 class RewardWorker:
@@ -90,12 +96,19 @@ class RewardPool:
         self._known.add(name)
 
     async def score(self, name: str, prompt: Prompt, token_ids: tuple[int, ...]) -> Score:
-        """Score one completion; waits for a free process first.
+        """Score one completion; waits for a free process first. A process that dies or hangs gets a successor.
 
         Raises:
-            RewardTimeout: It took too long.
-            RewardFailed: It raised, returned no finite number, or its process died.
+            RewardTimeout: It took too long, MAX_TRIES times.
+            RewardFailed: It raised, returned no finite number, or its process died, MAX_TRIES times.
         """
+        for _ in range(MAX_TRIES - 1):
+            with contextlib.suppress(RewardTimeout, RewardProcessDied):
+                return await self._score_once(name, prompt, token_ids)
+            logger.warning("a reward worker died or hung over a score, which is tried again")
+        return await self._score_once(name, prompt, token_ids)
+
+    async def _score_once(self, name: str, prompt: Prompt, token_ids: tuple[int, ...]) -> Score:
         slot = await self._idle.get()
         try:
             await self._prepare(slot, name)
@@ -130,7 +143,7 @@ class RewardPool:
             raise
         except RayActorError as error:
             self._discard(slot)
-            raise RewardFailed(f"reward process died: {error}") from error
+            raise RewardProcessDied(f"reward process died: {error}") from error
         except RayTaskError as error:
             if isinstance(error.cause, (RewardFailed, InvalidRequest)):
                 raise error.cause from None

@@ -54,7 +54,7 @@ class Life:
 
     Attributes:
         exit_code: Negative for a signal.
-        last_words: Its last line of output that names an error, or "".
+        last_words: The first line at the end of its output that names an error, or "".
         num_orphans: Engines and actors that did not end with it.
     """
 
@@ -140,7 +140,8 @@ class Operator:
             with contextlib.suppress(psutil.NoSuchProcess):
                 orphan.kill()
         self._family = []
-        life = Life(exit_code=process.returncode, last_words=self._last_words(), num_orphans=num_orphans)
+        last_words = self._last_words() if process.returncode else ""
+        life = Life(exit_code=process.returncode, last_words=last_words, num_orphans=num_orphans)
         self.lives.append(life)
         with self._lives.open("a") as file:
             file.write(json.dumps(asdict(life)) + "\n")
@@ -177,4 +178,5 @@ class Operator:
         with self._log.open("rb") as log:
             log.seek(max(0, os.fstat(log.fileno()).st_size - LOG_TAIL_BYTES))
             lines = log.read().decode(errors="replace").splitlines()
-        return next((line.strip()[:300] for line in reversed(lines) if "error" in line.lower()), "")
+        found = [line.strip()[:300] for line in lines if line.startswith("error:") or "Error" in line]
+        return found[0] if found else ""

@@ -117,10 +117,12 @@ class Run:
 
 
 @contextmanager
-def policy_of(service: Service, name: str, scheduler: SchedulerConfig, directory: Path) -> Iterator[RolloutClient]:
-    """A further controller, with a policy and a journal of its own, before the service's shards."""
+def policy_of(
+    service: Service, name: str, scheduler: SchedulerConfig, journal: JournalConfig, directory: Path
+) -> Iterator[RolloutClient]:
+    """A further controller, with a policy and a new journal of its own, before the service's shards."""
     assert service.parts is not None, "a service that was started has its parts"
-    journal = JournalConfig(dsn=f"sqlite:///{directory / f'{name}.db'}")
+    journal = replace(journal, dsn=f"sqlite:///{directory / f'{name}.sqlite'}")
     other = replace(
         service,
         namespace=f"{service.namespace}-{name}",

@@ -194,7 +194,9 @@ def measure(service: Service, config: RunConfig, options: Options, loads: Loads)
         clients: dict[str, RolloutClient] = {}
         for policy in POLICIES:
             scheduler = scheduler_of(config.scheduler, options, policy)
-            clients[policy] = stack.enter_context(policy_of(service, policy, scheduler, Path(directory)))
+            clients[policy] = stack.enter_context(
+                policy_of(service, policy, scheduler, config.journal, Path(directory))
+            )
         ways: dict[str, Serve] = {
             name: lambda load, run_id, client=client: serve(client, load, run_id, bench.num_slots)  # type: ignore[misc]
             for name, client in clients.items()

@@ -121,7 +121,7 @@ class SamplingConfig:
 class OnStale(str, Enum):
     """What becomes of a trajectory whose first token would be older than max_staleness versions."""
 
-    WAIT = "wait"  # a publication waits until it has ended
+    WAIT = "wait"  # a publication waits until it has ended; what is too old all the same starts anew
     REGENERATE = "regenerate"  # its tokens are dropped (and counted) and it starts anew
     DROP = "drop"  # it fails, counted with the reason
 

@@ -120,6 +120,9 @@ class Scheduler:
         self._book.submissions[handle_id] = submission
         for group in groups:
             self._book.open(submission, group, known.get(group.group_id), now)
+        for flight in list(submission.flights.values()):
+            if flight.phase is Phase.QUEUED and self._is_stale(flight, self._version):  # restored from long ago
+                self._continue(flight, now)
 
     def abort(self, handle_id: str, now: float) -> dict[int, list[str]]:
         """End a submission: what is queued is aborted now, what runs when its chunk comes back.
@@ -325,9 +328,8 @@ class Scheduler:
                 reason = f"too stale: {versions}, max_staleness {self._config.max_staleness}"
                 self._book.fail(flight, FailureKind.STALE, reason, now)
                 return
-            if self._config.on_stale is OnStale.REGENERATE:
-                self._book.counts.num_regenerated += 1
-                self._book.drop_tokens(flight)
+            self._book.counts.num_regenerated += 1
+            self._book.drop_tokens(flight)
         if flight.phase is Phase.LANDING:
             self._dispatcher.resume(flight.flight_id)
         flight.phase = Phase.QUEUED

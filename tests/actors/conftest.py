@@ -30,6 +30,7 @@ NEAR_TIE = 1e-3  # two candidates closer than this may swap: float32 logits of o
 def ray_cluster() -> Iterator[None]:
     """A local Ray for the whole session."""
     ray.init(
+        address="local",  # not another one that happens to run on this machine
         num_cpus=8,
         include_dashboard=False,
         namespace="tests",

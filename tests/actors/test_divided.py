@@ -118,7 +118,7 @@ def drive(
         for result in ray.get(done):
             scheduler.on_chunk(result, time.monotonic())
             after_chunk()
-        groups += [finished.group for finished in scheduler.take_finished()]
+        groups += [finished.group for finished in scheduler.book.take_finished()]
     return groups
 
 

@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rollout.config import SchedulerConfig
+from rollout.config import OnStale, SchedulerConfig
 from rollout.errors import EngineDead, InvalidRequest, QueueFull, UnknownHandle
 from rollout.routing import RoutingRef, covers
+from rollout.scheduler.intake import Restored
 from rollout.scheduler.jobs import ShardCapacity
 from rollout.scheduler.ledger import Ledger
 from rollout.scheduler.records import Dispatch, FailureKind
@@ -25,13 +26,14 @@ from rollout.types import (
     RolloutRequest,
     SamplingParams,
     Status,
+    Trajectory,
     VersionSpan,
 )
 
 LIMITS = ModelLimits(vocab_size=100, max_model_len=64)
 
 
-def make_request(num_prompts=2, n=2, max_tokens=8, reward="none", priority=0, prompt=(1, 2, 3)):
+def make_request(num_prompts=2, n=2, max_tokens=8, reward="none", priority=0, prompt=(1, 2, 3), run_id=None):
     return RolloutRequest(
         prompts=tuple(Prompt(token_ids=prompt, prompt_id=f"p{i}") for i in range(num_prompts)),
         n_samples_per_prompt=n,
@@ -40,13 +42,17 @@ def make_request(num_prompts=2, n=2, max_tokens=8, reward="none", priority=0, pr
         group_ids=tuple(f"g{i}" for i in range(num_prompts)),
         reward=reward,
         priority=priority,
+        run_id=run_id,
     )
 
 
-def make_scheduler(num_shards=2, partial_rollout=True, **options):
+def make_scheduler(num_shards=2, partial_rollout=True, engine_wait_s=0.0, version=0, **options):
     config = SchedulerConfig(**options)
     capacity = ShardCapacity(max_running=config.max_running_per_shard, kv_tokens=4096)
-    return Scheduler(config, LIMITS, dict.fromkeys(range(num_shards), capacity), partial_rollout=partial_rollout)
+    shards = dict.fromkeys(range(num_shards), capacity)
+    return Scheduler(
+        config, LIMITS, shards, partial_rollout=partial_rollout, engine_wait_s=engine_wait_s, version=version
+    )
 
 
 def answer(dispatch: Dispatch, num_tokens=None, reason=FinishReason.LENGTH, version=0):
@@ -281,6 +287,210 @@ def test_submission_is_all_or_nothing():
     with pytest.raises(QueueFull, match="max_queued_trajectories = 5"):
         scheduler.submit("h", make_request(num_prompts=3, n=2), 0.0)
     assert scheduler.next_dispatches(0.0) == []
+
+
+def test_a_death_while_a_chunk_lands_neither_loses_nor_repeats_it():
+    scheduler = make_scheduler(chunk_tokens=3)
+    scheduler.submit("h", make_request(num_prompts=1, n=1, max_tokens=8, run_id="run"), 0.0)
+    [first] = scheduler.next_dispatches(0.0)
+    landing = scheduler.land(answer(first), 0.0)
+    where = (landing.run_id, landing.group_id, landing.sample_index, landing.epoch, landing.start)
+    assert where == ("run", "g0", 0, 0, 0) and len(landing.result.token_ids) == 3
+    assert scheduler.next_dispatches(0.0) == [], "its successor waits until it is durable"
+    scheduler.on_shard_death(first.shard, "killed", 0.0)
+    assert scheduler.next_dispatches(0.0) == [] and scheduler.counts.num_retries == 0
+    scheduler.landed(landing.flight_id, 0.0)
+    [second] = scheduler.next_dispatches(0.0)
+    assert second.shard != first.shard and len(second.chunk.token_ids) == 3 + 3
+    scheduler.landed(landing.flight_id, 0.0)  # doubled
+    assert scheduler.land(answer(first), 0.0) is None and scheduler.counts.num_stale_results == 2
+    landing = scheduler.land(answer(second), 0.0)
+    assert landing.start == 3
+    scheduler.landed(landing.flight_id, 0.0)
+    scheduler.on_chunk(answer(*scheduler.next_dispatches(0.0)), 0.0)
+    [finished] = scheduler.book.take_finished()
+    check_record(finished.group.trajectories[0])
+    assert len(finished.group.trajectories[0].token_ids) == 8 and scheduler.counts.num_tokens_discarded == 0
+
+
+def test_a_client_abort_while_a_chunk_lands_keeps_it():
+    scheduler = make_scheduler(chunk_tokens=3)
+    scheduler.submit("h", make_request(num_prompts=1, n=1), 0.0)
+    landing = scheduler.land(answer(*scheduler.next_dispatches(0.0)), 0.0)
+    assert scheduler.abort("h", 0.0) == {} and scheduler.book.is_pending("h")
+    scheduler.landed(landing.flight_id, 0.0)
+    [finished] = scheduler.book.take_finished()
+    [trajectory] = finished.group.trajectories
+    assert (trajectory.status, len(trajectory.token_ids)) == (Status.ABORTED, 3) and not finished.is_whole
+
+
+def durable(request, group_id, num_tokens, *, version=0, epoch=0, ended=None, status=Status.PENDING):
+    """Every member of a group as a journal would give it back, with so many tokens each."""
+    place = request.group_ids.index(group_id)
+    prompt, members = request.prompts[place].token_ids, []
+    for index, num in enumerate(num_tokens):
+        trajectory = Trajectory(group_id=group_id, sample_index=index, seed=index + 1, prompt_token_ids=prompt)
+        if num:
+            trajectory.append(
+                ChunkResult(
+                    trajectory_id="any",
+                    token_ids=tuple(range(len(prompt), len(prompt) + num)),
+                    logprobs=(-1.0,) * num,
+                    spans=(VersionSpan(version=version, start=0, stop=num),),
+                    finish_reason=FinishReason.LENGTH,
+                    shard=0,
+                )
+            )
+        if status is not Status.PENDING:
+            trajectory.move_to(status)
+        members.append(Restored(trajectory=trajectory, epoch=epoch, ended=ended))
+    return members
+
+
+def test_a_restored_group_that_is_complete_finishes_at_once_and_is_not_new():
+    scheduler = make_scheduler()
+    request = make_request(run_id="run")
+    members = durable(request, "g0", (8, 8), status=Status.TRUNCATED)
+    scheduler.submit("h", request, 0.0, {"g0": members})
+    [finished] = scheduler.book.take_finished()
+    assert (finished.group.group_id, finished.run_id) == ("g0", "run")
+    assert not finished.is_new and finished.is_whole
+    assert finished.group.trajectories == [one.trajectory for one in members]
+    dispatched = scheduler.next_dispatches(0.0)
+    assert sorted(d.chunk.trajectory_id for d in dispatched) == ["h:g1/0", "h:g1/1"]
+    for dispatch in dispatched:
+        scheduler.on_chunk(answer(dispatch), 0.0)
+    [finished] = scheduler.book.take_finished()
+    assert finished.is_new and finished.epochs == (0, 0)
+    assert scheduler.book.progress("h").num_groups_finished == 2
+
+
+def test_a_restored_trajectory_whose_last_chunk_stopped_is_only_scored():
+    scheduler = make_scheduler()
+    request = make_request(num_prompts=1, n=2, reward="reasoning_gym", run_id="run")
+    scheduler.submit("h", request, 0.0, {"g0": durable(request, "g0", (5, 5), ended=FinishReason.STOP, epoch=2)})
+    assert scheduler.next_dispatches(0.0) == []
+    jobs = scheduler.book.take_score_jobs()
+    assert [job.trajectory.status for job in jobs] == [Status.COMPLETED] * 2
+    for job in jobs:
+        scheduler.on_reward(job.flight_id, 1.0, {}, 0.0)
+    [finished] = scheduler.book.take_finished()
+    assert finished.is_new and finished.epochs == (2, 2) and scheduler.counts.num_tokens_restored == 10
+
+
+def test_restored_trajectories_go_on_from_their_tokens():
+    scheduler = make_scheduler(chunk_tokens=3)
+    request = make_request(num_prompts=1, n=2, run_id="run")
+    scheduler.submit("h", request, 0.0, {"g0": durable(request, "g0", (5, 0), epoch=1)})
+    assert scheduler.book.progress("h").num_tokens == 5
+    got = {d.chunk.trajectory_id: d for d in scheduler.next_dispatches(0.0)}
+    assert {name: len(d.chunk.token_ids) - 3 for name, d in got.items()} == {"h:g0/0": 5, "h:g0/1": 0}
+    assert [got[f"h:g0/{i}"].chunk.seed for i in range(2)] == [1, 2]
+    landing = scheduler.land(answer(got["h:g0/0"]), 0.0)
+    assert (landing.start, landing.epoch) == (5, 1)
+    scheduler.landed(landing.flight_id, 0.0)
+    [trajectory] = [t for t in scheduler.book.submissions["h"].flights.values() if t.trajectory.sample_index == 1]
+    assert trajectory.epoch == 1
+    assert scheduler.book.progress("h").num_finished == 1
+
+
+def test_who_has_groups_of_a_run_is_known_until_they_are_forgotten():
+    scheduler = make_scheduler()
+    scheduler.submit("h", make_request(run_id="run"), 0.0)
+    scheduler.submit("other", make_request(run_id="another run"), 0.0)
+    scheduler.submit("nameless", make_request(), 0.0)
+    book = scheduler.book
+    assert book.handles_of(make_request(num_prompts=1, run_id="run")) == ["h"]
+    assert book.handles_of(make_request()) == [] and book.handles_of(make_request(run_id="third")) == []
+    assert book.is_pending("h") and not book.is_pending("unknown")
+    scheduler.abort("h", 0.0)
+    assert not book.is_pending("h") and book.handles_of(make_request(run_id="run")) == ["h"]
+    book.forget("h")
+    assert book.handles_of(make_request(run_id="run")) == []
+    runs = {f.handle_id: f.run_id for f in book.take_finished()}
+    assert runs == {"h": "run"}
+    scheduler.abort("nameless", 0.0)
+    assert {f.run_id for f in book.take_finished()} == {"nameless"}
+
+
+def stale_scheduler(on_stale):
+    """One trajectory queued, one running and one landing, all begun under version 0, with at most one version more."""
+    scheduler = make_scheduler(
+        num_shards=1, chunk_tokens=2, max_running_per_shard=3, max_staleness=1, on_stale=on_stale
+    )
+    scheduler.submit("h", make_request(num_prompts=3, n=1, run_id="run"), 0.0)
+    dispatches = scheduler.next_dispatches(0.0)
+    for dispatch in dispatches:
+        scheduler.on_chunk(answer(dispatch), 0.0)
+    assert scheduler.on_version(1, 0.0) == {} and scheduler.num_too_old_for(1) == 0
+    assert scheduler.num_too_old_for(2) == 3
+    return scheduler
+
+
+def test_too_old_trajectories_start_anew_and_only_those():
+    scheduler = stale_scheduler(OnStale.REGENERATE)
+    running, landing, young = scheduler.next_dispatches(0.0)
+    landed = scheduler.land(answer(landing, version=1), 0.0)
+    scheduler.on_chunk(answer(young, 2, FinishReason.STOP, version=1), 0.0)
+    assert scheduler.on_version(2, 0.0) == {0: [running.chunk.trajectory_id]}
+    scheduler.landed(landed.flight_id, 0.0)
+    scheduler.on_chunk(answer(running, 1, FinishReason.ABORT, version=1), 0.0)
+    assert scheduler.counts.num_regenerated == 2 and scheduler.counts.num_tokens_discarded == 4 + 3
+    restarts = scheduler.book.take_restarts()
+    assert [(one.run_id, one.group_id, one.epoch) for one in restarts] == [
+        ("run", landed.group_id, 1),
+        ("run", "g0", 1),
+    ]
+    again = scheduler.next_dispatches(0.0)
+    assert [len(d.chunk.token_ids) for d in again] == [3, 3]
+    [finished] = scheduler.book.take_finished()
+    assert finished.group.trajectories[0].status is Status.COMPLETED
+
+
+def test_too_old_trajectories_fail_counted_if_so_configured():
+    scheduler = stale_scheduler(OnStale.DROP)
+    scheduler.on_version(2, 0.0)
+    statuses = [f.group.trajectories[0].status for f in scheduler.book.take_finished()]
+    assert statuses == [Status.FAILED] * 3 and scheduler.counts.num_failed == {"stale": 3}
+    assert scheduler.next_dispatches(0.0) == []
+
+
+def test_a_publication_that_waits_finds_none_too_old_in_the_end():
+    scheduler = stale_scheduler(OnStale.WAIT)
+    while scheduler.num_too_old_for(2):
+        for dispatch in scheduler.next_dispatches(0.0):
+            scheduler.on_chunk(answer(dispatch, version=1), 0.0)
+    assert scheduler.on_version(2, 0.0) == {}
+    assert scheduler.counts.num_regenerated == 0 and len(scheduler.book.take_finished()) == 3
+
+
+@pytest.mark.parametrize("on_stale", list(OnStale))
+def test_restored_tokens_are_held_to_the_bound_too(on_stale):
+    scheduler = make_scheduler(max_staleness=1, on_stale=on_stale, version=5)
+    request = make_request(num_prompts=2, n=1, run_id="run")
+    known = {"g0": durable(request, "g0", (5,), version=3), "g1": durable(request, "g1", (5,), version=4)}
+    scheduler.submit("h", request, 0.0, known)
+    got = {d.chunk.trajectory_id: len(d.chunk.token_ids) - 3 for d in scheduler.next_dispatches(0.0)}
+    assert got == ({"h:g1/0": 5} if on_stale is OnStale.DROP else {"h:g0/0": 0, "h:g1/0": 5})
+    assert len(scheduler.book.take_finished()) == (on_stale is OnStale.DROP)
+
+
+def test_trajectories_wait_for_an_engine_as_long_as_they_may():
+    scheduler = make_scheduler(num_shards=1, engine_wait_s=10.0)
+    scheduler.submit("h", make_request(num_prompts=1, n=2), 0.0)
+    scheduler.next_dispatches(0.0)
+    scheduler.on_shard_death(0, "killed", 100.0)
+    scheduler.keep_house(109.0)
+    assert scheduler.book.take_finished() == [] and scheduler.num_queued == 2
+    scheduler.submit("later", make_request(num_prompts=1, n=1), 109.0)
+    scheduler.on_shard_up(0, ShardCapacity(max_running=4, kv_tokens=4096))
+    scheduler.keep_house(200.0)
+    assert len(scheduler.next_dispatches(200.0)) == 3
+    scheduler.on_shard_death(0, "killed again", 200.0)
+    scheduler.keep_house(210.0)
+    assert len(scheduler.book.take_finished()) == 2 and scheduler.counts.num_failed == {"engine_dead": 3}
+    with pytest.raises(EngineDead, match="killed again"):
+        scheduler.submit("too late", make_request(), 210.0)
 
 
 def make_group(group_id):
