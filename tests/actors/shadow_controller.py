@@ -34,6 +34,7 @@ class ShadowController:
     def __init__(self, plans: Mapping[str, TensorPlan]) -> None:
         self.plans = dict(plans)
         self.shadow = empty_shadow(plans)
+        self.live = 0  # served; the shadow beside it is of no version once a full one was dropped half-way
         self.fault: tuple[int, int, str] | None = None
         self.commit_fault: Exception | None = None
         self.calls: list[str] = []
@@ -49,18 +50,17 @@ class ShadowController:
         return self.plans
 
     def live_version(self) -> int:
-        return self.shadow.version
+        return self.live
 
     def num_workers(self) -> int:
         return 1
 
     def begin_publish(self, version: int, base: int | None, pieces: Sequence) -> int:
         check_tiling({name: plan.num_rows for name, plan in self.plans.items()}, [piece for _, piece in pieces])
-        if base is not None and base != self.shadow.version:
-            raise SyncRefused(f"base: got {base}, expected {self.shadow.version}")
-        if version <= self.shadow.version:
+        if version <= self.live:
             raise SyncRefused(f"version: got {version}")
         self.shadow.drop()
+        self.shadow.begin(base)
         self.calls, self.buckets = ["begin full" if base is None else "begin delta"], []
         self._version, self._expected = version, set(pieces)
         self._attempt += 1
@@ -99,7 +99,7 @@ class ShadowController:
         if self.commit_fault is not None:
             raise self.commit_fault
         assert version == self._version and not self._expected and not self.shadow.missing()
-        self.shadow.commit(version)
+        self.flip(version)
         self._version = None
         return SyncReport(
             version=version,
@@ -112,8 +112,12 @@ class ShadowController:
             stall_s=0.0,
         )
 
+    def flip(self, version: int) -> None:
+        self.shadow.commit(version)
+        self.live = version
+
     def remember_snapshot(self, version: int, refs: Sequence[BucketRef]) -> None:
-        assert version == self.shadow.version and all(ref.version == version for ref in refs)
+        assert version == self.live and all(ref.version == version for ref in refs)
         self.snapshot = tuple(refs)
 
     def abandon_publish(self, version: int) -> None:

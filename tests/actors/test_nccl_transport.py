@@ -122,7 +122,7 @@ class Fleet(ShadowController):
             worker.participant.verify(self._attempt)
             worker.participant.arm(self._attempt)
             worker.participant.flip(self._attempt)
-        self.shadow.commit(version)
+        self.flip(version)
 
     def abandon_publish(self, version: int) -> None:
         self.on_all(lambda i, w: w.participant.drop(self._attempt))

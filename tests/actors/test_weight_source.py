@@ -108,7 +108,7 @@ class Trainers:
         return self.on_all(attempt)
 
     def assert_served(self, version: int) -> None:
-        assert self.controller.shadow.version == version
+        assert self.controller.live == self.controller.shadow.version == version
         for name, want in encoded(self.model, self.plans).items():
             assert torch.equal(self.controller.shadow.rows(name), want), name
 
@@ -178,7 +178,7 @@ def test_weights_that_are_not_finite_are_refused_before_anything_is_sent(trainer
     weight.data[99] = value
     faults = trainers.faults(2)
     assert all(isinstance(f, SyncRefused) and "layers.0.norm.weight" in str(f) for f in faults)
-    assert trainers.controller.calls == [] and trainers.controller.shadow.version == 1
+    assert trainers.controller.calls == [] and trainers.controller.live == trainers.controller.shadow.version == 1
     weight.data[99] = old
     trainers.publish(3)
     assert trainers.controller.calls[0] == "begin delta"
@@ -201,7 +201,8 @@ def test_a_fault_of_one_bucket_is_the_reason_on_every_rank(trainers: Trainers, k
     assert all("bucket 1 of sender 1, version 2" in str(fault) for fault in faults)
     with pytest.raises(SyncRefused, match=reason):
         raise faults[0]
-    assert trainers.controller.shadow.version == live and "commit" not in trainers.controller.calls
+    assert trainers.controller.live == live and "commit" not in trainers.controller.calls
+    assert trainers.controller.shadow.version == (None if is_first else live), "only a delta is undone"
     trainers.controller.set_fault(None)
     trainers.publish(3)
     assert trainers.controller.calls[0] == "begin full"
@@ -220,7 +221,7 @@ def test_a_failed_flip_is_the_same_error_on_every_rank_and_the_next_publication_
 
 def test_a_version_published_by_somebody_else_is_no_base(trainers: Trainers) -> None:
     trainers.publish(1)
-    trainers.controller.shadow.commit(7)
+    trainers.controller.flip(7)
     trainers.publish(8)
     assert trainers.controller.calls[0] == "begin full"
     trainers.assert_served(8)
