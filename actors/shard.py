@@ -62,7 +62,7 @@ class Shard:
         self._running: dict[str, str] = {}  # trajectory id → engine request id
         self._num_requests = 0
         self._num_tokens = 0
-        self._on_gpu = bool(ray.get_gpu_ids())
+        self._on_gpu = ray.is_initialized() and bool(ray.get_gpu_ids())  # asking would start Ray
 
     def rendezvous(self) -> Rendezvous:
         """Where the group can meet, on this shard's node. Asked of rank 0 only."""

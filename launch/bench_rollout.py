@@ -2,14 +2,19 @@
 
     python -m launch.bench_rollout [experiment=tiny_grpo] [groups=16] [repeats=3] [out=PATH] [picture=PATH] [options …]
 
-One set of engines serves everything, in one run and in turns, with the prefix caches emptied in between:
+Everything in one run and in turns, with the prefix caches emptied in between. "vllm" is plain vLLM as synchronous
+trainers use it: `LLM.generate`, groups dealt in turn to as many engines as there are shards, with as many slots each;
+they share nothing, not even experts. All other ways use the service's shards:
 
 - heavy-tailed lengths, drawn as for the simulator and known to the shards alone (see launch.hidden_lengths), through
-  the policies static, partial and divided: the same prompts, seeds and ends for each, several waves of trajectories on
-  the engines' slots. `makespan_speedup` is the makespan of static over that of divided; `tail_ratio` the time in which
-  the last 10 % of the trajectories finish, divided over static;
-- equal lengths through policy divided, its journal and its cuts, and straight to the engines without a controller,
-  everything at once: `uniform_ratio` is the throughput of the first over that of the second.
+  vllm and the policies static, partial and divided: the same prompts and ends for each, several waves of trajectories
+  on the engines' slots. `makespan_speedup` is the makespan of vllm over that of divided, `speedup_over_static` that of
+  static over it; `tail_ratio` the time in which the last 10 % of the trajectories finish, divided over vllm;
+- equal lengths through policy divided, its journal and its cuts; straight to the same engines without a controller,
+  everything at once (plain); and through vllm. `uniform_ratio` is divided's throughput over plain's: what journal and
+  cuts cost; `uniform_over_vllm` over vllm's: what expert parallelism costs as well.
+
+engine.num_shards=1 engine.num_groups=2 gives the service engines that share nothing, as vllm's.
 
 Each figure is the median of the repeats' ratios. All ways must give the same tokens; differences at near ties are
 counted and shown. The parameters of the lengths (p80_share, sigma, rho, …) are those of rollout.simulate.lengths. With
@@ -37,7 +42,8 @@ from launch.compose import compose
 from launch.hidden_lengths import with_lengths
 from launch.rollout_load import write_trace
 from launch.rollout_picture import draw
-from launch.rollout_turns import OURS, PLAIN, Options, Repeat, make_loads, measure, quantiles
+from launch.rollout_turns import OURS, PLAIN, STOCK, Options, Repeat, make_loads, measure, quantiles
+from launch.stock_engines import start_stock_engines
 from rollout.config import RunConfig
 from rollout.errors import LongrollError
 from rollout.simulate.lengths import LengthModel
@@ -52,13 +58,18 @@ on a CPU is as long as a chunk."""
 
 def record_of(options: Options, heavy: Sequence[Repeat], uniform: Sequence[Repeat]) -> dict[str, Any]:
     """Everything, with the medians of the repeats' ratios first."""
+    them = STOCK if options.stock else "static"
     figures = {
-        "makespan_speedup": [r.ratio("makespan_s", "static", OURS) for r in heavy],
-        "tail_ratio": [r.ratio("tail_s", OURS, "static") for r in heavy],
-        "group_tail_ratio": [r.ratio("group_tail_s", OURS, "static") for r in heavy],
+        "makespan_speedup": [r.ratio("makespan_s", them, OURS) for r in heavy],
+        "tail_ratio": [r.ratio("tail_s", OURS, them) for r in heavy],
+        "group_tail_ratio": [r.ratio("group_tail_s", OURS, them) for r in heavy],
+        "speedup_over_static": [r.ratio("makespan_s", "static", OURS) for r in heavy],
+        "tail_over_static": [r.ratio("tail_s", OURS, "static") for r in heavy],
         "speedup_over_partial": [r.ratio("makespan_s", "partial", OURS) for r in heavy],
         "uniform_ratio": [r.ratio("tokens_per_s", OURS, PLAIN) for r in uniform],
     }
+    if options.stock:
+        figures["uniform_over_vllm"] = [r.ratio("tokens_per_s", OURS, STOCK) for r in uniform]
     figures = {name: ratios for name, ratios in figures.items() if ratios and math.inf not in ratios}
     record: dict[str, Any] = {name: statistics.median(ratios) for name, ratios in figures.items()}
     record["num_near_ties"] = sum(len(r.differences) for r in (*heavy, *uniform))
@@ -110,7 +121,9 @@ def run(config: RunConfig, options: Options, model: LengthModel) -> tuple[dict[s
         write_trace(loads.heavy[0], Path(options.trace))
     parts = config.model, config.engine, config.scheduler, config.sync, config.cluster
     with start_service(*parts, shard_class=with_lengths(loads.lengths)) as service:
-        heavy, uniform = measure(service, config, options, loads)
+        number = config.engine.num_all_shards if options.stock else 0
+        stock = start_stock_engines(number, config.model, config.engine, {})
+        heavy, uniform = measure(service, config, options, loads, stock)
     return record_of(options, heavy, uniform), heavy
 
 
@@ -139,9 +152,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.out is not None:
         Path(options.out).write_text(json.dumps(record, indent=1) + "\n")
     if options.picture is not None:
-        median = min(heavy, key=lambda r: abs(r.ratio("makespan_s", "static", OURS) - record["makespan_speedup"]))
+        them = STOCK if options.stock else "static"
+        median = min(heavy, key=lambda r: abs(r.ratio("makespan_s", them, OURS) - record["makespan_speedup"]))
         draw(
-            median.timelines, Path(options.picture), f"divided over static: {record['makespan_speedup']:.2f} × as fast"
+            median.timelines, Path(options.picture), f"divided over {them}: {record['makespan_speedup']:.2f} × as fast"
         )
     return 0
 

@@ -37,7 +37,7 @@ TITLES = {
 }
 """How the titles of their processes begin; the driver is known by its id."""
 NEEDS_OPERATOR = frozenset({Kind.TRAINER, Kind.DRIVER})
-"""Whose deaths end the run: somebody starts it again. Stopped, they are found and killed by that somebody too."""
+"""Stopped, they are found and killed by whoever looks after the run; where the driver dies, it is started again."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

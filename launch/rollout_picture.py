@@ -8,7 +8,7 @@ from typing import Any
 
 from launch.rollout_run import Timeline
 
-COLOURS = {"static": "#9aa0a6", "partial": "#d9822b", "divided": "#2f6fb0"}
+COLOURS = {"vllm": "#c2554d", "static": "#9aa0a6", "partial": "#d9822b", "divided": "#2f6fb0"}
 SHARD_COLOURS = ("#2f6fb0", "#d9822b", "#4a9c6d", "#8e6bb0")
 
 

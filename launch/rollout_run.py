@@ -1,7 +1,8 @@
 """One load through one way of serving it, and when what of it was finished. A part of launch.bench_rollout.
 
-All ways use the same engines: a controller for each policy stands before the same shards, and "plain" hands everything
-to the shards at once, without a controller. Owns what is timed; knows nothing of ratios.
+The service's ways use the same engines: a controller for each policy stands before the same shards, and "plain" hands
+everything to the shards at once, without a controller. "vllm" is plain vLLM, on engines of its own. Owns what is timed;
+knows nothing of ratios.
 """
 
 from __future__ import annotations
@@ -12,11 +13,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import ray
 
 from actors.service import Service
 from launch.rollout_load import Load
+from launch.stock_engines import Answered, Asked
 from rollout.client import RolloutClient
 from rollout.config import InFlight, JournalConfig, SchedulerConfig
 from rollout.errors import LongrollError
@@ -110,7 +113,7 @@ def share_done(ends_s: Sequence[float]) -> float:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """A load that was served, group by group in the order of the load."""
+    """A load that was served, its groups in order; plain vLLM draws tokens of its own and gives none."""
 
     timeline: Timeline
     groups: tuple[Group, ...]
@@ -137,8 +140,9 @@ def policy_of(
         ray.kill(other.controller)
 
 
-def clear_caches(service: Service) -> None:
+def clear_caches(service: Service, stock: Sequence[Any]) -> None:
     """Empty the idle engines' prefix caches, so that no run profits from the one before."""
+    ray.get([engine.clear.remote() for engine in stock])
     ray.get([shard.pause.remote(InFlight.WAIT) for shard in service.shards])
     ray.get([shard.resume.remote() for shard in service.shards])
 
@@ -181,6 +185,44 @@ def serve_plain(service: Service, load: Load, num_slots: int) -> Run:
         trajectory, result = waiting.pop(done[0]), ray.get(done[0])
         bars.append(_land(trajectory, result, time.monotonic() - began))
     return Run(timeline=_timeline(bars, groups, num_slots, time.monotonic() - began), groups=groups)
+
+
+def serve_stock(engines: Sequence[Any], load: Load, num_slots: int) -> Run:
+    """A load through plain vLLM: groups dealt to the engines in turn, one call of `LLM.generate` each."""
+    request = load.request
+    asked: list[list[Asked]] = [[] for _ in engines]
+    names: list[list[tuple[str, str]]] = [[] for _ in engines]
+    for place, (group_id, prompt) in enumerate(zip(request.group_ids, request.prompts, strict=True)):
+        for index in range(request.n_samples_per_prompt):
+            name = f"{group_id}/{index}"
+            num_tokens = load.lengths.get(name, request.sampling.max_tokens)
+            asked[place % len(engines)].append(Asked(prompt=prompt.token_ids, num_tokens=num_tokens))
+            names[place % len(engines)].append((name, group_id))
+    began = time.monotonic()
+    answers: list[list[Answered]] = ray.get([e.generate.remote(some) for e, some in zip(engines, asked, strict=True)])
+    wall_s = time.monotonic() - began
+    bars = [
+        Bar(
+            trajectory_id=name,
+            group_id=group_id,
+            start_s=one.first_s,
+            end_s=one.last_s,
+            engine_s=one.last_s - one.first_s,
+            shard=rank,
+            num_chunks=1,
+        )
+        for rank, some in enumerate(answers)
+        for (name, group_id), one in zip(names[rank], some, strict=True)
+    ]
+    everyone = [one for some in answers for one in some]
+    timeline = Timeline(
+        bars=tuple(sorted(bars, key=lambda bar: bar.end_s)),
+        num_slots=num_slots,
+        num_tokens=sum(one.num_tokens for one in everyone),
+        num_cached_tokens=sum(one.num_cached_tokens for one in everyone),
+        wall_s=wall_s,
+    )
+    return Run(timeline=timeline, groups=())
 
 
 def _whole(trajectory: Trajectory, sampling: SamplingParams) -> Chunk:

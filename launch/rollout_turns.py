@@ -12,11 +12,12 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from actors.service import Service
 from launch.near_ties import Difference, compare, near_tie
 from launch.rollout_load import Load, heavy_loads, uniform_load
-from launch.rollout_run import Run, Timeline, clear_caches, policy_of, serve, serve_plain
+from launch.rollout_run import Run, Timeline, clear_caches, policy_of, serve, serve_plain, serve_stock
 from launch.workload import Workload
 from rollout.client import RolloutClient
 from rollout.config import RunConfig, SchedulerConfig
@@ -24,7 +25,7 @@ from rollout.errors import InvalidRequest, LongrollError
 from rollout.simulate.lengths import LengthModel
 
 POLICIES = ("static", "partial", "divided")
-OURS, PLAIN = "divided", "plain"
+OURS, PLAIN, STOCK = "divided", "plain", "vllm"
 WARM_UP_TOKENS = 16
 Serve = Callable[[Load, str], Run]
 
@@ -42,6 +43,7 @@ class Options:
         visits: Of each prompt, of which the last is measured; the earlier ones tell about its length.
         uniform_tokens: Length of every trajectory of the uniform load; 0 leaves that part out.
         repeats: Of everything, each with other prompts and seeds.
+        stock: Whether plain vLLM takes part, on as many engines of its own.
         first_seed: Of the first repeat.
         out: JSON file for the result.
         trace: JSONL file for the lengths of the first repeat, which launch.simulate can replay.
@@ -57,6 +59,7 @@ class Options:
     visits: int = 1
     uniform_tokens: int = 256
     repeats: int = 3
+    stock: bool = True
     first_seed: int = 1
     out: str | None = None
     trace: str | None = None
@@ -127,10 +130,11 @@ class Bench:
         service: Its shards do the work.
         config: Of the model.
         options: See `Options`.
+        stock: Engines of plain vLLM.
     """
 
-    def __init__(self, service: Service, config: RunConfig, options: Options) -> None:
-        self._service = service
+    def __init__(self, service: Service, config: RunConfig, options: Options, stock: Sequence[Any]) -> None:
+        self._service, self._stock = service, stock
         self._within = near_tie(config.engine.dtype or config.model.dtype, 1.0)
         self.num_slots = options.slots * len(service.shards)
 
@@ -142,11 +146,11 @@ class Bench:
         """
         runs: dict[str, Run] = {}
         for name, way in ways.items():
-            clear_caches(self._service)
+            clear_caches(self._service, self._stock)
             runs[name] = way(load, run_id)
             print(f"  {name:<8} {describe(runs[name].timeline)}", flush=True)
-        first = next(iter(runs.values()))
-        differences = [one for run in runs.values() for one in self._differences(first, run)]
+        first = next(run for run in runs.values() if run.groups)
+        differences = [one for run in runs.values() if run.groups for one in self._differences(first, run)]
         return Repeat(
             timelines={name: run.timeline for name, run in runs.items()},
             lengths=sorted(len(t.token_ids) for group in first.groups for t in group.trajectories),
@@ -185,9 +189,11 @@ def quantiles(lengths: Sequence[int]) -> dict[str, int]:
     return {f"p{p}": lengths[min(len(lengths) - 1, p * len(lengths) // 100)] for p in (5, 25, 50, 75, 90, 95, 100)}
 
 
-def measure(service: Service, config: RunConfig, options: Options, loads: Loads) -> tuple[list[Repeat], list[Repeat]]:
+def measure(
+    service: Service, config: RunConfig, options: Options, loads: Loads, stock_engines: Sequence[Any]
+) -> tuple[list[Repeat], list[Repeat]]:
     """All repeats of the heavy-tailed load and of the uniform one."""
-    bench = Bench(service, config, options)
+    bench = Bench(service, config, options, stock_engines)
     heavy: list[Repeat] = []
     uniform: list[Repeat] = []
     with tempfile.TemporaryDirectory(prefix="longroll-bench-") as directory, ExitStack() as stack:
@@ -202,18 +208,21 @@ def measure(service: Service, config: RunConfig, options: Options, loads: Loads)
             for name, client in clients.items()
         }
         plain: dict[str, Serve] = {PLAIN: lambda load, run_id: serve_plain(service, load, bench.num_slots)}
+        stock: dict[str, Serve] = {}
+        if stock_engines:
+            stock[STOCK] = lambda load, run_id: serve_stock(stock_engines, load, bench.num_slots)
         print("warming up", flush=True)
-        bench.turn(loads.warm_up, ways | plain, "warm-up")
+        bench.turn(loads.warm_up, ways | plain | stock, "warm-up")
         for repeat, load in enumerate(loads.heavy):
             for visit, earlier in enumerate(loads.earlier[repeat], start=1):
                 print(f"visit {visit} of the prompts of repeat {repeat + 1}", flush=True)
                 bench.turn(earlier, {OURS: ways[OURS]}, f"visit-{repeat}-{visit}")
             print(f"heavy-tailed lengths, repeat {repeat + 1}", flush=True)
-            heavy.append(bench.turn(load, rotated(ways, repeat), f"heavy-{repeat}"))
+            heavy.append(bench.turn(load, rotated(ways | stock, repeat), f"heavy-{repeat}"))
             print(f"  lengths {quantiles(heavy[-1].lengths)}", flush=True)
         for repeat, load in enumerate(loads.uniform):
             print(f"{options.uniform_tokens} tokens each, repeat {repeat + 1}", flush=True)
-            uniform.append(bench.turn(load, rotated({OURS: ways[OURS]} | plain, repeat), f"uniform-{repeat}"))
+            uniform.append(bench.turn(load, rotated({OURS: ways[OURS]} | plain | stock, repeat), f"uniform-{repeat}"))
     return heavy, uniform
 
 

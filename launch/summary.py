@@ -33,6 +33,7 @@ class Summary:
     num_engine_shards: int
     experts_per_shard: list[int]
     num_trainer_ranks: int
+    num_trainer_restarts: int
     num_steps: int
     num_weight_syncs: int
     num_trajectories: int
@@ -55,6 +56,7 @@ def summarise(
     steps: list[StepRecord],
     shards: tuple[ShardInfo, ...],
     num_trainer_ranks: int,
+    num_trainer_restarts: int,
     start_s: float,
     total_s: float,
 ) -> Summary:
@@ -65,7 +67,8 @@ def summarise(
         steps: All steps of the run, from its history.
         shards: What each shard said at its start.
         num_trainer_ranks: Trainer processes.
-        start_s: Seconds until engines and trainer were ready, of the last start.
+        num_trainer_restarts: Times they died and were started anew beside the engines, in this process.
+        start_s: Seconds until the engines were ready, of the last start.
         total_s: Seconds of this process; after a resume, less than the sum of the parts.
     """
     timing = {
@@ -93,6 +96,7 @@ def summarise(
         num_engine_shards=len(shards),
         experts_per_shard=[s.num_local_experts for s in shards],
         num_trainer_ranks=num_trainer_ranks,
+        num_trainer_restarts=num_trainer_restarts,
         num_steps=len(steps),
         num_weight_syncs=len(steps),
         num_trajectories=sum(s.num_trajectories for s in steps) + sum(len(e.rewards) for e in evals),

@@ -3,8 +3,9 @@
     python -m launch.train experiment=tiny_grpo trainer.lr=1e-4
     python -m launch.train experiment=tiny_grpo --cfg          print the configuration and stop
 
-The loop is `train`; everything it calls is somebody else's work. Every rollout of step k is sampled
-under version k - 1, so a run that was killed and resumed repeats the same trajectories.
+The loop is `train_steps`; everything it calls is somebody else's work. Every rollout of step k is sampled
+under version k - 1, so a run that was killed and resumed repeats the same trajectories. Trainer ranks that die are
+started anew beside the engines, which go on: the steps since the checkpoint are trained again from the journal.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from launch.evaluation import Evaluation, evaluation_of
 from launch.history import History
 from launch.monitor import Monitor
 from launch.picture import draw
+from launch.restarts import Once, TrainerDeaths
 from launch.resume import check_same_run
 from launch.step_statistics import StepTimes, step_record
 from launch.summary import Summary, summarise
@@ -38,7 +40,7 @@ from launch.workload import Workload
 from rollout.client import RolloutClient
 from rollout.config import RunConfig, SupervisorConfig
 from rollout.cursor import Cursor
-from rollout.errors import CheckpointBroken, EngineDead, InvalidRequest, LongrollError, SyncRefused
+from rollout.errors import CheckpointBroken, EngineDead, InvalidRequest, LongrollError, SyncRefused, TrainerDead
 from rollout.fleet import SyncReport
 from rollout.types import Group, SamplingParams
 
@@ -49,53 +51,76 @@ def train(config: RunConfig, run_dir: Path, monitor: Monitor) -> Summary:
     """One run from its newest checkpoint, or from the start, to its last step."""
     began = time.monotonic()
     workload, history = Workload(config.workload, config.model, config.trainer.seed), History(run_dir / "steps.jsonl")
-    with (
-        service_of(config, monitor) as service,
-        supervised(service, config.supervisor, monitor),
-        trainers_of(config, run_dir, service.controller) as trainers,
-    ):
-        client = service.client
+    with service_of(config, monitor) as service, supervised(service, config.supervisor, monitor):
         start_s = time.monotonic() - began
-        monitor.say(f"{len(service.infos)} shards, {config.trainer.num_ranks} trainer ranks ready in {start_s:.0f} s")
-        run_id = run_id_of(config, run_dir)
-        cursor = resume(config, client, trainers, history, monitor)
-        client.acknowledge_groups(run_id, cursor.learned, f"step {cursor.step}")  # in case it died before it could
-        learned: list[str] = []
-        before = evaluation_before(config, run_dir, client, workload, cursor, monitor)
+        monitor.say(f"{len(service.infos)} shards ready in {start_s:.0f} s")
+        before = Once(lambda cursor: evaluation_before(config, run_dir, service.client, workload, cursor, monitor))
+        deaths = TrainerDeaths(config.supervisor, history, monitor)
+        while True:
+            try:
+                with trainers_of(config, run_dir, service.controller) as trainers:
+                    after = train_steps(config, run_dir, service.client, trainers, workload, history, before, monitor)
+            except TrainerDead as error:
+                deaths.note(error)
+                continue
+            return summarise(
+                before=before.value,
+                after=after,
+                steps=history.steps,
+                shards=tuple(service.infos),
+                num_trainer_ranks=config.trainer.num_ranks,
+                num_trainer_restarts=deaths.num_restarts,
+                start_s=start_s,
+                total_s=time.monotonic() - began,
+            )
 
-        for step in range(cursor.step + 1, config.trainer.num_steps + 1):
-            times = StepTimes()
-            with timed(times, "rollout_s"):
-                asked = ask_for(config, step, cursor)
-                groups = rollout(config, client, workload, asked, run_id, monitor)
-            stats = client.stats()
-            with timed(times, "train_s"), monitor.phase("train"):
-                metrics = trainers.train_step(groups)
-            with timed(times, "sync_s"), monitor.phase("sync"):
-                report = publish(config, client, trainers, monitor)
-            learned += [group.group_id for group in groups]
-            cursor = after_step(cursor, asked, groups, trainers.version, learned)
-            is_last = step == config.trainer.num_steps
-            history.add(step_record(step, groups, metrics, report, times, stats))
-            if is_last or step % config.trainer.checkpoint_every == 0:
-                with timed(times, "save_s"), monitor.phase("save"):
-                    trainers.save(cursor)
-                    client.acknowledge_groups(run_id, learned, f"step {step}")
-                learned = []
-                history.amend_save_s(times.save_s)
-            monitor.step(history.steps[-1])
 
-        after = evaluate(config, client, workload, cursor.version, monitor)
-        monitor.evaluation(after, "after", cursor.step)
-        return summarise(
-            before=before,
-            after=after,
-            steps=history.steps,
-            shards=tuple(service.infos),
-            num_trainer_ranks=config.trainer.num_ranks,
-            start_s=start_s,
-            total_s=time.monotonic() - began,
-        )
+def train_steps(
+    config: RunConfig,
+    run_dir: Path,
+    client: RolloutClient,
+    trainers: TrainerGroup,
+    workload: Workload,
+    history: History,
+    before: Once[Cursor, Evaluation],
+    monitor: Monitor,
+) -> Evaluation:
+    """From the newest checkpoint to the last step. Returns the evaluation at the end.
+
+    Raises:
+        TrainerDead: The ranks are gone; others may go on from the newest checkpoint.
+    """
+    run_id = run_id_of(config, run_dir)
+    cursor = resume(config, client, trainers, history, monitor)
+    client.acknowledge_groups(run_id, cursor.learned, f"step {cursor.step}")  # in case it died before it could
+    learned: list[str] = []
+    before.ask(cursor)
+
+    for step in range(cursor.step + 1, config.trainer.num_steps + 1):
+        times = StepTimes()
+        with timed(times, "rollout_s"):
+            asked = ask_for(config, step, cursor)
+            groups = rollout(config, client, workload, asked, run_id, monitor)
+        stats = client.stats()
+        with timed(times, "train_s"), monitor.phase("train"):
+            metrics = trainers.train_step(groups)
+        with timed(times, "sync_s"), monitor.phase("sync"):
+            report = publish(config, client, trainers, monitor)
+        learned += [group.group_id for group in groups]
+        cursor = after_step(cursor, asked, groups, trainers.version, learned)
+        is_last = step == config.trainer.num_steps
+        history.add(step_record(step, groups, metrics, report, times, stats))
+        if is_last or step % config.trainer.checkpoint_every == 0:
+            with timed(times, "save_s"), monitor.phase("save"):
+                trainers.save(cursor)
+                client.acknowledge_groups(run_id, learned, f"step {step}")
+            learned = []
+            history.amend_save_s(times.save_s)
+        monitor.step(history.steps[-1])
+
+    after = evaluate(config, client, workload, cursor.version, monitor)
+    monitor.evaluation(after, "after", cursor.step)
+    return after
 
 
 def ask_for(config: RunConfig, step: int, cursor: Cursor) -> tuple[tuple[str, int], ...]:
@@ -191,11 +216,15 @@ def evaluation_before(
 def publish(config: RunConfig, client: RolloutClient, trainers: TrainerGroup, monitor: Monitor) -> SyncReport:
     """Publish, again if something died meanwhile that a supervisor brings back.
 
+    A version that is live already was published by ranks that died since; it is not gone back to.
+
     Raises:
         SyncRefused: More than MAX_REFUSALS times: it is not a death that is in the way.
         EngineDead: No engine came back within supervisor.engine_wait_s.
     """
     deadline, num_refused = time.monotonic() + config.supervisor.engine_wait_s, 0
+    if client.stats().live_version >= trainers.version:
+        return SyncReport.unknown(trainers.version)
     while True:
         try:
             return trainers.publish()
@@ -212,7 +241,7 @@ def publish(config: RunConfig, client: RolloutClient, trainers: TrainerGroup, mo
 def resume(
     config: RunConfig, client: RolloutClient, trainers: TrainerGroup, history: History, monitor: Monitor
 ) -> Cursor:
-    """Load the newest checkpoint and bring the fresh shards to its version."""
+    """Load the newest checkpoint and bring fresh shards to its version."""
     cursor = trainers.load_latest() if config.resume else None
     history.restore(cursor.step if cursor is not None else 0)
     if cursor is None:

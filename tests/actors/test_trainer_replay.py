@@ -23,6 +23,9 @@ TINY = Path(__file__).resolve().parents[2] / "models" / "tiny"
 LAYERS, TOP_K, NUM_EXPERTS = 4, 2, 8
 # float32 sums over at most 512 terms and 4 layers in another order: a hundred ulps of a value of size 10
 CLOSE = dict(rtol=1e-4, atol=1e-4)
+# Of gradients, whose elements are sums that cancel, relative to the largest element: rounding makes up to 111 ulps
+# (1.3e-5) on one processor or another, one token with other experts a tenth; the bound lies between.
+GRADIENT_CLOSE = 1e-3
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -97,7 +100,8 @@ def test_forced_routing_and_its_gradients_are_those_written_by_hand(experts: str
         loss_of(logits, tokens).backward()
     assert torch.allclose(logits, expected, **CLOSE)
     for name, gradient in gradients(model).items():
-        assert torch.allclose(gradient, dict(plain.named_parameters())[name].grad, rtol=1e-3, atol=1e-5), name
+        wanted = dict(plain.named_parameters())[name].grad
+        assert float((gradient - wanted).abs().max()) <= GRADIENT_CLOSE * float(wanted.abs().max()), name
     gates = [p.grad for name, p in model.named_parameters() if name.endswith("mlp.gate.weight")]
     assert len(gates) == LAYERS and all(float(g.abs().max()) > 1e-5 for g in gates)
     assert not torch.allclose(model(input_ids=tokens).logits, logits, **CLOSE), "it would have chosen others"

@@ -57,15 +57,20 @@ def test_the_tail_is_what_comes_after_nine_tenths() -> None:
 
 def test_the_record_has_the_median_of_the_ratios() -> None:
     options = Options(repeats=3)
+    others = {"vllm": STATIC, "static": timeline([1.0, 40.0]), "partial": STATIC}
     heavy = [
-        Repeat(timelines={"static": STATIC, "partial": STATIC, "divided": ours}, lengths=[1, 2], differences=())
+        Repeat(timelines=others | {"divided": ours}, lengths=[1, 2], differences=())
         for ours in (timeline([1.0, 20.0]), DIVIDED, timeline([1.0, 2.0]))
     ]
-    uniform = [Repeat(timelines={"divided": timeline([4.0]), "plain": timeline([3.0])}, lengths=[5], differences=())]
+    plain = {"plain": timeline([3.0]), "vllm": timeline([2.0])}
+    uniform = [Repeat(timelines=plain | {"divided": timeline([4.0])}, lengths=[5], differences=())]
     record = record_of(options, heavy, uniform)
     assert record["makespan_speedup"] == 2.0 and record["repeats"]["makespan_speedup"] == [1.0, 2.0, 10.0]
     assert "group_tail_ratio" not in record, "five groups have no last tenth"
-    assert record["uniform_ratio"] == pytest.approx(0.75)
+    assert record["speedup_over_static"] == 4.0
+    assert (record["uniform_ratio"], record["uniform_over_vllm"]) == pytest.approx((0.75, 0.5))
+    alone = record_of(Options(repeats=3, stock=False), heavy, uniform)
+    assert alone["makespan_speedup"] == 4.0 and "uniform_over_vllm" not in alone
     assert "makespan_speedup         2.000   1.000 … 10.000" in table(record)
     json.dumps(record)
 

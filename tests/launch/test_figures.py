@@ -121,6 +121,7 @@ def test_summary_holds_the_promised_keys(tmp_path: Path) -> None:
         steps=[RECORD, replace(RECORD, step=2, mismatch_kl=0.0, is_skipped=True)],
         shards=shards,
         num_trainer_ranks=2,
+        num_trainer_restarts=1,
         start_s=3.0,
         total_s=20.0,
     )
@@ -128,6 +129,7 @@ def test_summary_holds_the_promised_keys(tmp_path: Path) -> None:
     got = json.loads((tmp_path / "summary.json").read_text())
     assert got["eval_reward_before"] == 0.5 and got["eval_reward_after"] == 1.0 and got["gain"] == 0.5
     assert got["experts_per_shard"] == [4, 4] and got["num_engine_shards"] == 2 and got["num_trainer_ranks"] == 2
+    assert got["num_trainer_restarts"] == 1
     assert got["num_weight_syncs"] == 2
     assert got["num_trajectories"] == 20 and got["num_trajectories_failed"] == 3
     assert got["num_tokens_generated"] == 1640

@@ -11,11 +11,12 @@ from hypothesis import strategies as st
 
 from launch.compose import compose, to_yaml
 from launch.evaluation import Evaluation
+from launch.restarts import MAX_FUTILE, Once, TrainerDeaths
 from launch.resume import check_same_run
 from launch.train import MAX_REFUSALS, after_step, ask_for, evaluation_before, publish, run_id_of
 from rollout.config import RunConfig, SupervisorConfig, WorkloadConfig
 from rollout.cursor import Cursor
-from rollout.errors import CheckpointBroken, EngineDead, InvalidRequest, SyncRefused
+from rollout.errors import CheckpointBroken, EngineDead, InvalidRequest, SyncRefused, TrainerDead
 from rollout.fleet import SyncReport
 from rollout.trainer_config import TrainerConfig
 from rollout.types import Group, Prompt
@@ -95,7 +96,7 @@ class Service:
 
     def __init__(self, faults: list[Exception], live_after: int | None = None) -> None:
         self.version, self.faults, self.live_after = 7, list(faults), live_after
-        self.num_calls, self.said = 0, []
+        self.num_calls, self.said, self.ahead = 0, [], 0
 
     def publish(self) -> SyncReport:
         self.num_calls += 1
@@ -105,7 +106,7 @@ class Service:
 
     def stats(self) -> SimpleNamespace:
         is_live = self.live_after is not None and self.num_calls >= self.live_after
-        return SimpleNamespace(live_version=self.version if is_live else self.version - 1)
+        return SimpleNamespace(live_version=self.version + self.ahead if is_live else self.version - 1)
 
     def say(self, text: str) -> None:
         self.said.append(text)
@@ -126,6 +127,39 @@ def test_a_publication_is_repeated_while_something_dead_comes_back() -> None:
 def test_a_publication_of_which_only_the_answer_was_lost_is_not_repeated() -> None:
     service = Service([SyncRefused("no answer")] * 2, live_after=1)
     assert publish_through(service) == SyncReport.unknown(7) and service.num_calls == 1
+
+
+@pytest.mark.parametrize("ahead", [0, 2])
+def test_a_version_that_ranks_which_died_had_published_is_not_gone_back_to(ahead: int) -> None:
+    service = Service([], live_after=0)
+    service.ahead = ahead
+    assert publish_through(service) == SyncReport.unknown(7) and service.num_calls == 0
+
+
+def deaths_of(steps: list[int], **supervisor: Any) -> TrainerDeaths:
+    """Deaths after the run had got to each of these steps, the last of which must not be forgiven."""
+    history: Any = SimpleNamespace(steps=[])
+    deaths = TrainerDeaths(SupervisorConfig(**supervisor), history, Service([]))  # type: ignore[arg-type]
+    for place, step in enumerate(steps):
+        history.steps = [SimpleNamespace(step=step)] if step else []
+        if place == len(steps) - 1:
+            with pytest.raises(TrainerDead):
+                deaths.note(TrainerDead("rank 1"))
+        else:
+            deaths.note(TrainerDead("rank 1"))
+    return deaths
+
+
+def test_trainer_ranks_are_started_anew_until_that_gets_nowhere() -> None:
+    assert deaths_of([0] * (MAX_FUTILE + 1)).num_restarts == MAX_FUTILE
+    assert deaths_of([3] * 3 + [4] + [2] * (MAX_FUTILE - 1) + [4] * 2).num_restarts == 5 + MAX_FUTILE - 1
+    assert deaths_of([5], enabled=False).num_restarts == 0
+
+
+def test_a_question_is_asked_once() -> None:
+    asked: list[int] = []
+    once = Once(lambda question: asked.append(question) or question * 2)  # type: ignore[func-returns-value]
+    assert (once.ask(3), once.ask(4), once.value, asked) == (6, 6, 6, [3])
 
 
 def test_a_publication_that_is_refused_for_good_ends_the_run() -> None:
