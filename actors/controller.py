@@ -13,9 +13,11 @@ import asyncio
 import logging
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any
 
+from actors.fleet_calls import FleetCalls
 from actors.journal_keeper import JournalKeeper
 from actors.process import place_of_this_process
 from actors.publication_calls import PublicationCalls
@@ -26,12 +28,12 @@ from actors.shard_watch import ShardWatch
 from actors.stats_calls import StatsCalls
 from rollout.config import JournalConfig, ModelConfig, SchedulerConfig, SupervisorConfig, SyncConfig
 from rollout.errors import EngineDead, InvalidRequest, RewardFailed
-from rollout.fleet import Place, ShardInfo
+from rollout.fleet import Place, ShardInfo, Supervision
 from rollout.handles import Delivery, Progress, RolloutHandle
 from rollout.rate import RateWindow
 from rollout.scheduler.jobs import ShardCapacity
 from rollout.scheduler.ledger import Ledger
-from rollout.scheduler.records import Dispatch, FailureKind, FinishedGroup, ScoreJob
+from rollout.scheduler.records import DeathKind, Dispatch, FailureKind, FinishedGroup, ScoreJob
 from rollout.scheduler.scheduler import Scheduler
 from rollout.sync.encoding import TensorPlan
 from rollout.types import ChunkResult, ModelLimits, RolloutRequest
@@ -42,7 +44,7 @@ RATE_WINDOW_S = 10.0
 STALE_POLL_S = 0.2
 
 
-class Controller(PublicationCalls, StatsCalls):
+class Controller(FleetCalls, PublicationCalls, StatsCalls):
     """Serves clients; see rollout.client for the other end of every method.
 
     Args:
@@ -75,7 +77,7 @@ class Controller(PublicationCalls, StatsCalls):
         self._limits = ModelLimits(
             vocab_size=min(info.vocab_size for info in infos), max_model_len=min(info.max_model_len for info in infos)
         )
-        self._capacities = {info.rank: _capacity(info, config) for info in infos}
+        self._capacities = {info.rank: self._capacity(info) for info in infos}
         self._scheduler = Scheduler(
             config,
             self._limits,
@@ -89,6 +91,11 @@ class Controller(PublicationCalls, StatsCalls):
         self._rewards = RewardPool(model, config.num_reward_workers, config.reward_timeout_s)
         self._publications = Publications(self._shards, infos, plans, sync, initial_version, self._on_lost_shards)
         self._watch = ShardWatch((supervisor or SupervisorConfig()).hang_timeout_s)
+        self._is_supervised = supervisor is not None
+        self._drained: set[int] = set()
+        self._num_groups_wanted = len(set(self._groups.values()))
+        self._deaths: Counter[str] = Counter()
+        self._supervision = Supervision()
         self._events: dict[str, asyncio.Event] = {}
         self._aborting: set[str] = set()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -279,22 +286,6 @@ class Controller(PublicationCalls, StatsCalls):
             self._scheduler.on_reward(job.flight_id, score.reward, score.extras, time.monotonic())
         self._pump()
 
-    def _on_shard_death(self, rank: int, reason: str) -> None:
-        """Its whole group serves no longer; a supervisor may start the group anew and call `rejoin`."""
-        self._publications.lose(rank)
-        if rank not in self._scheduler.live_shards:
-            return
-        logger.error("shard %d is dead, and its expert-parallel group with it: %s", rank, reason)
-        for peer in self._scheduler.live_shards:
-            if self._groups[peer] == self._groups[rank]:
-                self._scheduler.on_shard_death(peer, reason, time.monotonic())
-
-    def _on_lost_shards(self, ranks: frozenset[int], reason: str) -> None:
-        """The publisher does not know what these serve: they must not be given requests."""
-        for rank in ranks:
-            self._on_shard_death(rank, reason)
-        self._pump()
-
     def _abort(self, handle_id: str) -> None:
         running = self._scheduler.abort(handle_id, time.monotonic())
         self._aborting.add(handle_id)
@@ -338,7 +329,7 @@ class Controller(PublicationCalls, StatsCalls):
         live = {rank: self._shards[rank] for rank in self._scheduler.live_shards}
         busy = {rank for rank in live if self._scheduler.running_on(rank)}
         for rank in self._watch.look(live, busy, now):
-            self._on_shard_death(rank, "its engine made no step for supervisor.hang_timeout_s")
+            self._on_shard_death(rank, "its engine made no step for supervisor.hang_timeout_s", DeathKind.HUNG)
         self._pump()
 
     def _wake(self, handle_id: str) -> None:
@@ -375,11 +366,10 @@ class Controller(PublicationCalls, StatsCalls):
 
         task.add_done_callback(done)
 
-
-def _capacity(info: ShardInfo, config: SchedulerConfig) -> ShardCapacity:
-    return ShardCapacity(
-        max_running=config.max_running_per_shard,
-        kv_tokens=info.kv_tokens,
-        block_tokens=info.block_tokens,
-        group=info.group,
-    )
+    def _capacity(self, info: ShardInfo) -> ShardCapacity:
+        return ShardCapacity(
+            max_running=self._config.max_running_per_shard,
+            kv_tokens=info.kv_tokens,
+            block_tokens=info.block_tokens,
+            group=info.group,
+        )

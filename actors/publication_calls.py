@@ -1,4 +1,4 @@
-"""The controller's calls about weights: what trainers, and supervisors of shards, ask for.
+"""The controller's calls about weights: what trainers ask for.
 
 Owns nothing: how a publication goes is decided in `actors.publications`, what it means for trajectories in
 `rollout.scheduler`. A mix-in, because Ray calls methods of the actor's class.
@@ -7,21 +7,18 @@ Owns nothing: how a publication goes is decided in `actors.publications`, what i
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from actors.publications import Publications
 from rollout.config import InFlight, OnStale, SchedulerConfig, SyncConfig
 from rollout.errors import SyncRefused
 from rollout.fleet import Rendezvous, SyncReport
-from rollout.scheduler.jobs import ShardCapacity
 from rollout.scheduler.scheduler import Scheduler
 from rollout.sync.encoding import TensorPlan
 from rollout.sync.manifest import BucketRef, Piece
 
-logger = logging.getLogger(__name__)
 STALE_POLL_S = 0.2
 
 
@@ -31,16 +28,11 @@ class PublicationCalls:
     _config: SchedulerConfig
     _sync: SyncConfig
     _plans: dict[str, TensorPlan]
-    _shards: dict[int, Any]
-    _capacities: dict[int, ShardCapacity]
     _scheduler: Scheduler
     _publications: Publications
     _num_flips_under_way: int
 
     def _pump(self) -> None:
-        raise NotImplementedError
-
-    def _on_shard_death(self, rank: int, reason: str) -> None:
         raise NotImplementedError
 
     def _spawn_abort(self, rank: int, flight_ids: list[str]) -> None:
@@ -110,18 +102,3 @@ class PublicationCalls:
     async def remember_snapshot(self, version: int, refs: Sequence[BucketRef]) -> None:
         """Where all bytes of a version can be had, for a shard that joins late; the senders keep them."""
         self._publications.remember(version, refs)
-
-    async def lose(self, ranks: Sequence[int], reason: str) -> None:
-        """These shards do not serve, and their groups must be started anew."""
-        for rank in ranks:
-            self._on_shard_death(rank, reason)
-        self._pump()
-
-    async def rejoin(self, shards: Mapping[int, Any]) -> None:
-        """Take back the shards of a group that were started anew; see Publications.rejoin."""
-        await self._publications.rejoin(shards)
-        for rank, shard in shards.items():
-            self._shards[rank] = shard
-            self._scheduler.on_shard_up(rank, self._capacities[rank])
-        logger.info("shards %s serve again, at version %d", sorted(shards), self._publications.live_version)
-        self._pump()

@@ -42,9 +42,8 @@ class Publications:
         initial_version: int,
         on_lost: OnDead,
     ) -> None:
-        self.num_workers = sum(info.num_workers for info in infos)
-        left = {info.rank: sum(i.num_workers for i in infos if i.rank >= info.rank) for info in infos}
-        self._receivers = {rank: ShardReceiver(shard, left[rank]) for rank, shard in sorted(shards.items())}
+        self._num_workers = {info.rank: info.num_workers for info in infos}
+        self._receivers = {rank: ShardReceiver(shard) for rank, shard in sorted(shards.items())}
         groups = {info.rank: info.group for info in infos}
         self._publisher = Publisher(
             self._receivers,
@@ -59,10 +58,17 @@ class Publications:
         self.num_syncs = self.num_refused = 0
 
     @property
+    def num_workers(self) -> int:
+        """Devices that receive weights: worker processes of all shards."""
+        return sum(self._num_workers.values())
+
+    @property
     def live_version(self) -> int:
         return self._publisher.live_version
 
     async def open_transport(self, rendezvous: Rendezvous, world_size: int) -> None:
+        for rank, receiver in self._receivers.items():
+            receiver.num_workers_left = sum(n for other, n in self._num_workers.items() if other >= rank)
         await self._counted(self._publisher.open_transport(rendezvous, world_size))
 
     async def begin(self, version: int, base: int | None, pieces: Sequence[tuple[int, Piece]]) -> int:
@@ -106,10 +112,26 @@ class Publications:
             SyncRefused: They could not be brought to it; they stay out.
             EngineDead: One of them is gone.
         """
-        receivers = {rank: self._receivers[rank].of(shard) for rank, shard in shards.items()}
+        receivers = {rank: ShardReceiver(shard) for rank, shard in shards.items()}
         self._publisher.restarted(receivers)
+        await self._catch_up(receivers)
+
+    async def join(self, shards: Mapping[int, Any], infos: Sequence[ShardInfo]) -> None:
+        """Bring the shards of a group that was not there before to the live version. Raises as `rejoin`."""
+        receivers = {rank: ShardReceiver(shard) for rank, shard in shards.items()}
+        self._publisher.joined(receivers, infos[0].group)
+        await self._catch_up(receivers)
+        self._num_workers |= {info.rank: info.num_workers for info in infos}
+
+    def leave(self, ranks: Sequence[int]) -> None:
+        """The shards of a group are stopped for good."""
+        self._publisher.lose(ranks)
+        for rank in ranks:
+            del self._receivers[rank], self._num_workers[rank]
+
+    async def _catch_up(self, receivers: Mapping[int, ShardReceiver]) -> None:
         version, refs = self._snapshot
-        await self._publisher.catch_up(min(shards), refs if version == self._publisher.live_version else ())
+        await self._publisher.catch_up(min(receivers), refs if version == self._publisher.live_version else ())
         self._receivers |= receivers
 
     async def _counted(self, step: Coroutine[Any, Any, Any]) -> Any:

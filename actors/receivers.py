@@ -31,16 +31,15 @@ class ShardReceiver:
 
     Args:
         shard: The actor.
+
+    Attributes:
         num_workers_left: Workers of this shard and of those after it; in a broadcast group they come last.
     """
 
-    def __init__(self, shard: Any, num_workers_left: int = 1) -> None:
-        self._shard, self._num_workers_left = shard, num_workers_left
+    def __init__(self, shard: Any) -> None:
+        self._shard = shard
+        self.num_workers_left = 1
         self._payloads: dict[tuple[int, int, int], Any] = {}
-
-    def of(self, shard: Any) -> ShardReceiver:
-        """The same place in the fleet, with an actor that was started anew."""
-        return ShardReceiver(shard, self._num_workers_left)
 
     def offer(self, ref: BucketRef, payload: Any) -> None:
         """Keep a bucket's reference in the object store for `stage`; None forgets it."""
@@ -51,7 +50,7 @@ class ShardReceiver:
             self._payloads[key] = payload
 
     async def open_transport(self, rendezvous: Rendezvous, world_size: int) -> None:
-        first = world_size - self._num_workers_left
+        first = world_size - self.num_workers_left
         await answer(self._shard.open_transport.remote(rendezvous, first, world_size))
 
     async def begin(self, attempt: int, version: int, base: int | None) -> None:

@@ -7,18 +7,17 @@ from __future__ import annotations
 
 import logging
 import os
-import time
-from collections.abc import Callable
+import threading
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import ray
-from ray.util.placement_group import placement_group, remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from ray.util.placement_group import remove_placement_group
 
 from actors.controller import Controller
 from actors.process import kill_process
+from actors.shard_parts import ShardParts, StartCallback, check_resources, reserve, start_shards
 from rollout.client import RolloutClient
 from rollout.config import (
     ClusterConfig,
@@ -29,8 +28,8 @@ from rollout.config import (
     SupervisorConfig,
     SyncConfig,
 )
-from rollout.errors import EngineDead, InvalidRequest, LongrollError, ServiceLost
-from rollout.fleet import CONTROLLER_NAME, Place, Rendezvous, ShardInfo
+from rollout.errors import LongrollError, ServiceLost
+from rollout.fleet import CONTROLLER_NAME, Health, Place, ShardInfo
 from rollout.remote import client_error
 from rollout.sync.checkpoint_names import checkpoint_specs
 from rollout.sync.encoding import TensorPlan, plan_tensors
@@ -40,42 +39,6 @@ logger = logging.getLogger(__name__)
 CONTROLLER_CONCURRENCY = 4096  # every long poll holds one place
 SHUTDOWN_TIMEOUT_S = 30.0
 ANSWER_TIMEOUT_S = 20.0
-StartCallback = Callable[[int, int], None]
-"""Called with shards ready and shards in all."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ShardParts:
-    """What shards are made of, kept for making them again."""
-
-    model: ModelConfig
-    engine: EngineConfig
-    scheduler: SchedulerConfig
-    sync: SyncConfig
-    cluster: ClusterConfig
-    journal: JournalConfig
-    supervisor: SupervisorConfig | None
-    initial_version: int
-    shard_class: type | None
-
-    def make_shard(self, rank: int, placement: Any) -> Any:
-        """The actor of one shard, not started yet, in its bundle of a placement group if there is one."""
-        from actors.shard import Shard
-
-        strategy: Any = "DEFAULT"
-        if placement is not None:
-            strategy = PlacementGroupSchedulingStrategy(
-                placement, placement_group_bundle_index=rank, placement_group_capture_child_tasks=True
-            )
-        actor = ray.remote(self.shard_class or Shard).options(
-            num_cpus=self.cluster.num_cpus_per_shard,
-            num_gpus=self.engine.tensor_parallel_size if self.cluster.num_gpus_per_node else 0,
-            max_concurrency=self.scheduler.max_running_per_shard + 64,  # chunks, and room for control calls
-            scheduling_strategy=strategy,
-        )
-        return actor.remote(
-            rank=rank, model=self.model, engine=self.engine, sync=self.sync, initial_version=self.initial_version
-        )
 
 
 @dataclass(kw_only=True)
@@ -86,11 +49,13 @@ class Service:
     shards: list[Any] = field(default_factory=list)
     infos: list[ShardInfo] = field(default_factory=list)
     controller: Any = None
-    placement: Any = None
+    placement: Any = None  # of the groups that were there at the start
+    added_placements: dict[int, Any] = field(default_factory=dict)  # of each group that was added
     parts: ShardParts | None = None
     plans: dict[str, TensorPlan] = field(default_factory=dict)
     bucket_bytes: int = SyncConfig().bucket_bytes
     newest_version: int = 0  # that is known to have been live
+    health: Health | None = None  # as the controller last told it
     _controller_place: Place | None = None
 
     @property
@@ -109,8 +74,71 @@ class Service:
     def __exit__(self, *exc_info: object) -> None:
         self.stop()
 
-    def restart_group(self, group: int, on_progress: StartCallback | None = None) -> None:
+    @property
+    def num_groups(self) -> int:
+        """Expert-parallel groups that were started and not stopped."""
+        assert self.parts is not None, "a service that was started has its parts"
+        return len(self.shards) // self.parts.engine.num_shards
+
+    def add_group(self, stop: threading.Event | None = None) -> None:
+        """Start one more expert-parallel group; it serves once it holds the live version. `stop` ends the wait for it.
+
+        Raises:
+            LongrollError: There is no room for it.
+            EngineDead: It did not start.
+            SyncRefused: It could not be brought to the live version, and was stopped again.
+        """
+        assert self.parts is not None, "a service that was started has its parts"
+        engine, group, shards = self.parts.engine, self.num_groups, []
+        ranks = self._ranks_of(group)
+        try:
+            if self.parts.cluster.num_gpus_per_node and group >= engine.num_groups:
+                self.added_placements[group] = reserve(engine, self.parts.cluster, engine.num_shards)
+            for rank in ranks:
+                shards.append(self._make_shard(rank))
+            infos = start_shards(shards, engine, None, stop)
+            ray.get(self.controller.join.remote(dict(zip(ranks, shards, strict=True)), infos))
+        except BaseException as error:
+            for shard in shards:
+                ray.kill(shard)
+            self._free_placement(group)
+            raise client_error(error) from (error.__cause__ if isinstance(error, LongrollError) else None)
+        self.shards, self.infos = [*self.shards, *shards], [*self.infos, *infos]
+
+    def remove_group(self, group: int) -> bool:
+        """Stop the last group, which the controller has named as surplus. False if it is needed after all."""
+        assert group == self.num_groups - 1, "ranks are numbered without gaps"
+        if not ray.get(self.controller.leave.remote(group)):
+            return False
+        ranks = self._ranks_of(group)
+        gone = self.shards[ranks.start :]
+        self.shards, self.infos = self.shards[: ranks.start], self.infos[: ranks.start]
+        _settle([shard.shutdown.remote() for shard in gone], "a shard")
+        for shard in gone:
+            ray.kill(shard)
+        self._free_placement(group)
+        return True
+
+    def _ranks_of(self, group: int) -> range:
+        assert self.parts is not None, "a service that was started has its parts"
+        return range(group * self.parts.engine.num_shards, (group + 1) * self.parts.engine.num_shards)
+
+    def _make_shard(self, rank: int) -> Any:
+        assert self.parts is not None, "a service that was started has its parts"
+        group, bundle = divmod(rank, self.parts.engine.num_shards)
+        if group in self.added_placements:
+            return self.parts.make_shard(rank, self.added_placements[group], bundle)
+        return self.parts.make_shard(rank, self.placement, rank)
+
+    def _free_placement(self, group: int) -> None:
+        placement = self.added_placements.pop(group, None)
+        if placement is not None:
+            remove_placement_group(placement)
+
+    def restart_group(self, group: int, stop: threading.Event | None = None) -> None:
         """Start the shards of an expert-parallel group anew; they serve once they hold the live version.
+
+        `stop` ends the wait for them.
 
         Raises:
             EngineDead: They did not start.
@@ -118,15 +146,15 @@ class Service:
         """
         assert self.parts is not None, "a service that was started has its parts"
         engine = self.parts.engine
-        ranks = range(group * engine.num_shards, (group + 1) * engine.num_shards)
+        ranks = self._ranks_of(group)
         for rank in ranks:
             place = self.infos[rank].place
             if place is not None:  # a process that is stopped does not hear Ray
                 kill_process(place)
             ray.kill(self.shards[rank])
-            self.shards[rank] = self.parts.make_shard(rank, self.placement)
+            self.shards[rank] = self._make_shard(rank)
         try:
-            infos = _start_shards([self.shards[rank] for rank in ranks], engine, on_progress)
+            infos = start_shards([self.shards[rank] for rank in ranks], engine, None, stop)
             ray.get(self.controller.rejoin.remote({rank: self.shards[rank] for rank in ranks}))
         except BaseException as error:
             raise client_error(error) from (error.__cause__ if isinstance(error, LongrollError) else None)
@@ -150,6 +178,8 @@ class Service:
         self.start_controller(live)
         lost = [info.rank for info in self.infos if versions.get(info.rank) != live]
         ray.get(self.controller.lose.remote(lost, "it does not serve the newest version, or gave no answer"))
+        if self.health is not None:  # what was asked of the one before
+            ray.get(self.controller.restore_fleet.remote(self.health))
 
     def start_controller(self, version: int | None = None) -> None:
         """Make the controller, for shards that serve this version; None = the model directory's.
@@ -192,9 +222,10 @@ class Service:
         _settle([shard.shutdown.remote() for shard in self.shards], "a shard")
         for shard in self.shards:
             ray.kill(shard)
-        if self.placement is not None:
-            remove_placement_group(self.placement)
-        self.controller, self.shards, self.placement = None, [], None
+        for placement in [self.placement, *self.added_placements.values()]:
+            if placement is not None:
+                remove_placement_group(placement)
+        self.controller, self.shards, self.placement, self.added_placements = None, [], None, {}
 
 
 def start_service(
@@ -245,10 +276,10 @@ def start_service(
             shard_class=shard_class,
         )
         if cluster.num_gpus_per_node:
-            service.placement = _reserve(engine, cluster)
+            service.placement = reserve(engine, cluster, engine.num_all_shards)
         for rank in range(engine.num_all_shards):
-            service.shards.append(service.parts.make_shard(rank, service.placement))
-        service.infos = _start_shards(service.shards, engine, on_progress)
+            service.shards.append(service._make_shard(rank))
+        service.infos = start_shards(service.shards, engine, on_progress)
         service.start_controller()
     except BaseException as error:
         service.stop()
@@ -291,39 +322,6 @@ def ensure_ray(cluster: ClusterConfig) -> None:
         ray.init(address=address, **options)
 
 
-def check_resources(engine: EngineConfig, cluster: ClusterConfig) -> None:
-    """Compare what the engines need with what the cluster has, before anything waits for it.
-
-    Raises:
-        InvalidRequest: The shards do not fit the configured nodes.
-        LongrollError: The cluster has less than configured.
-    """
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    if cluster.num_gpus_per_node == 0:
-        need, have = engine.num_all_shards * cluster.num_cpus_per_shard, sum(n.get("CPU", 0.0) for n in nodes)
-        if engine.tensor_parallel_size != 1:
-            raise InvalidRequest("engine.tensor_parallel_size", engine.tensor_parallel_size, "1 without GPUs")
-        if have < need:
-            raise LongrollError(
-                f"cluster: got {have:g} CPUs, expected {need:g} for {engine.num_all_shards} shards of "
-                f"{cluster.num_cpus_per_shard:g} (cluster.num_cpus_per_shard)"
-            )
-        return
-    per_node = cluster.num_gpus_per_node // engine.tensor_parallel_size
-    if engine.num_all_shards > per_node * cluster.num_nodes:
-        raise InvalidRequest(
-            "engine.num_groups × engine.num_shards",
-            f"{engine.num_all_shards} of {engine.tensor_parallel_size} GPUs",
-            f"at most {per_node * cluster.num_nodes} on {cluster.num_nodes} nodes of {cluster.num_gpus_per_node} GPUs",
-        )
-    gpus = sorted((int(n.get("GPU", 0)) for n in nodes), reverse=True)
-    if sum(g >= cluster.num_gpus_per_node for g in gpus) < cluster.num_nodes:
-        raise LongrollError(
-            f"cluster: got {len(gpus)} nodes with {gpus} GPUs, expected {cluster.num_nodes} nodes with at least "
-            f"{cluster.num_gpus_per_node} GPUs each (cluster.num_nodes, cluster.num_gpus_per_node)"
-        )
-
-
 def _check_name_is_free(namespace: str) -> None:
     try:
         ray.get_actor(CONTROLLER_NAME, namespace=namespace)
@@ -332,42 +330,6 @@ def _check_name_is_free(namespace: str) -> None:
     raise LongrollError(
         f"cluster.namespace: got {namespace!r}, in which a service is running already, expected one of its own"
     )
-
-
-def _reserve(engine: EngineConfig, cluster: ClusterConfig) -> Any:
-    """One bundle for each shard, so that its GPUs lie on one node."""
-    bundle = {"GPU": float(engine.tensor_parallel_size), "CPU": cluster.num_cpus_per_shard}
-    group = placement_group([bundle] * engine.num_all_shards, strategy=cluster.placement_strategy)
-    if not group.wait(timeout_seconds=engine.start_timeout_s):
-        remove_placement_group(group)
-        free = ray.available_resources()
-        raise LongrollError(
-            f"cluster: got {free.get('GPU', 0):g} free GPUs and {free.get('CPU', 0):g} free CPUs, expected room for "
-            f"{engine.num_all_shards} bundles of {bundle} within {engine.start_timeout_s:g} s"
-        )
-    return group
-
-
-def _start_shards(shards: list[Any], engine: EngineConfig, on_progress: StartCallback | None) -> list[ShardInfo]:
-    """Start all shards together; returns what they say, by rank. The first of each group says where it meets."""
-    timeout_s = engine.start_timeout_s
-    deadline = time.monotonic() + timeout_s
-    asked = [shard.rendezvous.remote() for shard in shards[:: engine.num_shards]]
-    meetings: list[Rendezvous] = ray.get(asked, timeout=timeout_s)
-    waiting = [shard.start.remote(meetings[rank // engine.num_shards]) for rank, shard in enumerate(shards)]
-    place = {reference: rank for rank, reference in enumerate(waiting)}
-    infos: dict[int, ShardInfo] = {}
-    while waiting:
-        remaining_s = deadline - time.monotonic()
-        if remaining_s <= 0:
-            ranks = sorted(place[reference] for reference in waiting)
-            raise EngineDead(f"shards {ranks}: not ready within start_timeout_s = {timeout_s:g} s")
-        ready, waiting = ray.wait(waiting, timeout=min(1.0, remaining_s))
-        for reference in ready:
-            infos[place[reference]] = ray.get(reference)
-        if on_progress is not None and ready:
-            on_progress(len(infos), len(shards))
-    return [infos[rank] for rank in range(len(shards))]
 
 
 def _live_versions(shards: list[Any]) -> dict[int, int]:

@@ -20,6 +20,7 @@ from actors import routing_store
 from actors.engine_args import engine_args
 from actors.ports import free_port
 from actors.process import place_of_this_process
+from actors.siblings import SiblingExchange, kinship
 from actors.vllm_plugin import SEED_KEY
 from actors.vllm_plugin.control import ControlLine
 from actors.vllm_plugin.routing import routing_args
@@ -27,6 +28,7 @@ from actors.vllm_plugin.steps import Step
 from rollout.config import EngineConfig, InFlight, ModelConfig, SyncConfig
 from rollout.errors import EngineDead, LongrollError, SyncRefused
 from rollout.fleet import Rendezvous, ShardInfo, ShardStats
+from rollout.governor.statistics import SpeculationRecord
 from rollout.routing import RoutingRef
 from rollout.sync import segments
 from rollout.sync.manifest import BucketRef
@@ -63,6 +65,8 @@ class Shard:
         self._num_requests = 0
         self._num_tokens = 0
         self._on_gpu = ray.is_initialized() and bool(ray.get_gpu_ids())  # asking would start Ray
+        shares = engine.speculation.enabled and "sibling" in engine.speculation.sources
+        self._siblings = SiblingExchange(rank, self._workers) if shares else None
 
     def rendezvous(self) -> Rendezvous:
         """Where the group can meet, on this shard's node. Asked of rank 0 only."""
@@ -122,7 +126,15 @@ class Shard:
         cores = sorted(os.sched_getaffinity(0))
         default = str(cores[self._rank % len(cores)])
         binds = (self._engine_config.omp_threads_bind or "").split("|")
-        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = binds[self._rank] if len(binds) > self._rank and binds[0] else default
+        bind = binds[self._rank] if len(binds) > self._rank and binds[0] else default
+        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = bind
+        from vllm.utils.cpu_resource_utils import parse_id_list
+
+        # What vLLM sets for a worker process, here for an engine with its worker in it (see vllm_plugin.platform).
+        chosen = parse_id_list(bind)
+        os.environ["OMP_NUM_THREADS"] = str(len(chosen))
+        os.environ["OMP_PLACES"] = "{" + ",".join(map(str, chosen)) + "}"
+        os.environ["OMP_PROC_BIND"] = "true"
 
     async def generate(self, chunk: Chunk) -> ChunkResult:
         """Run a chunk to its end.
@@ -152,6 +164,8 @@ class Shard:
             if self._running.get(chunk.trajectory_id) == request_id:
                 del self._running[chunk.trajectory_id]
         result = self._result(chunk, output, time.monotonic() - began)
+        if self._siblings is not None:
+            self._siblings.share()
         if self._engine_config.enable_return_routed_experts and result.token_ids:
             result = replace(result, routing=await self._routing(chunk, request_id, len(result.token_ids)))
         return result
@@ -172,6 +186,7 @@ class Shard:
         routing: dict[str, Any] = {}
         if self._engine_config.enable_return_routed_experts:
             routing = routing_args(request_id, routing_store.first_row(chunk))
+        kin = {} if self._siblings is None else kinship(chunk)
         stops = set(wanted.stop_token_ids)
         if not wanted.ignore_eos:
             stops |= set(self._stop_token_ids)
@@ -186,7 +201,7 @@ class Shard:
             flat_logprobs=True,
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
-            extra_args={SEED_KEY: chunk.seed} | routing,
+            extra_args={SEED_KEY: chunk.seed} | kin | routing,
         )
 
     def _result(self, chunk: Chunk, output: Any, duration_s: float) -> ChunkResult:
@@ -217,6 +232,27 @@ class Shard:
             ttft_s=output.metrics.first_token_latency if output.metrics else 0.0,
             duration_s=duration_s,
         )
+
+    async def set_peers(self, shards: list[Any]) -> None:
+        """All shards, in the order of their ranks: their trajectories may draft for each other."""
+        if self._siblings is not None:
+            self._siblings.set_peers(shards)
+
+    async def take_siblings(self, delta: Any) -> None:
+        """What another shard has generated."""
+        if self._siblings is not None:
+            await self._siblings.take(delta)
+
+    async def turn_speculation(self, on: bool) -> None:
+        """Draft from now on, or no more, in an engine that was started with speculation."""
+        await self._workers("turn_speculation", on)
+
+    async def take_speculation(self) -> SpeculationRecord | None:
+        """What speculation came to since the last call; None without it, or without a governor."""
+        if not self._engine_config.speculation.enabled:
+            return None
+        record: SpeculationRecord | None = (await self._workers("take_speculation"))[0]
+        return record
 
     async def abort(self, trajectory_ids: list[str]) -> None:
         """End running chunks; their `generate` calls return what they have. Unknown ids are ignored."""

@@ -1,4 +1,4 @@
-"""The controller's calls about the state of the service: figures for clients, and what a supervisor must mend.
+"""The controller's calls about the state of the service: figures for clients.
 
 Owns nothing. A mix-in, because Ray calls methods of the actor's class.
 """
@@ -8,13 +8,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import Counter
 from typing import Any
 
 from actors.journal_keeper import JournalKeeper
 from actors.publications import Publications
 from actors.receivers import answer
 from rollout.errors import EngineDead
-from rollout.fleet import Health, ServiceStats, ShardStats
+from rollout.fleet import ServiceStats, ShardStats, Supervision
 from rollout.rate import RateWindow
 from rollout.scheduler.ledger import Ledger
 from rollout.scheduler.scheduler import Scheduler
@@ -27,7 +28,10 @@ class StatsCalls:
     """Mixed into the controller, which has what is declared here."""
 
     _shards: dict[int, Any]
-    _groups: dict[int, int]
+    _deaths: Counter[str]
+    _drained: set[int]
+    _num_groups_wanted: int
+    _supervision: Supervision
     _scheduler: Scheduler
     _publications: Publications
     _ledger: Ledger
@@ -41,11 +45,6 @@ class StatsCalls:
 
     def _on_shard_death(self, rank: int, reason: str) -> None:
         raise NotImplementedError
-
-    async def health(self) -> Health:
-        """Which groups are dead, for a supervisor."""
-        live = {self._groups[rank] for rank in self._scheduler.live_shards}
-        return Health(dead_groups=tuple(sorted(set(self._groups.values()) - live)))
 
     async def stats(self) -> ServiceStats:
         now, counts = time.monotonic(), self._scheduler.counts
@@ -68,10 +67,15 @@ class StatsCalls:
             num_chunks=self._scheduler.dispatch_counts.num_chunks,
             num_migrations=self._scheduler.dispatch_counts.num_migrations,
             num_cuts=self._scheduler.dispatch_counts.num_cuts,
+            num_trimmed=self._scheduler.dispatch_counts.num_trimmed,
             num_regenerated=counts.num_regenerated,
             num_tokens_restored=counts.num_tokens_restored,
             num_journal_waits=self._keeper.num_waits,
             num_internal_errors=self._num_internal_errors,
+            num_groups_wanted=self._num_groups_wanted,
+            drained_groups=tuple(sorted(self._drained)),
+            num_group_deaths=dict(self._deaths),
+            supervision=self._supervision,
             shards=await self._shard_stats(),
         )
 

@@ -15,6 +15,7 @@ import torch
 
 from kernels.bench_int4 import bench_int4_linear, bench_int4_moe
 from kernels.bench_kv import bench_kv_attention
+from kernels.bench_tree import bench_tree_attention
 from kernels.gumbel_sample import GUMBEL_MAX, gumbel_noise, gumbel_sample
 from kernels.measure import NUM_ROTATING_INPUTS, Result, median_time_s, memcpy_bandwidth
 
@@ -80,6 +81,7 @@ BENCHES: dict[str, Callable[[str, float], Iterator[Result]]] = {
     "int4_linear": bench_int4_linear,
     "int4_moe": bench_int4_moe,
     "kv_attention": bench_kv_attention,
+    "tree_attention": bench_tree_attention,
 }
 
 

@@ -3,7 +3,7 @@
     python -m launch.chaos [experiment=tiny_grpo] [kills=50] [seed=0] [steps=…] [dir=…] [out=PATH] [overrides …]
 
 A training run is started as a process of its own. Whenever it goes on, one of its processes (shard, engine core,
-engine worker, controller, reward worker, trainer rank, driver) gets a SIGKILL or a SIGSTOP, drawn by `seed`. What is
+controller, reward worker, trainer rank, driver) gets a SIGKILL or a SIGSTOP, drawn by `seed`. What is
 supervised must come back by itself; where the run ends, it is started again, as a job controller would. Then the same
 configuration runs undisturbed, and both are compared.
 

@@ -20,7 +20,6 @@ class Kind(str, Enum):
 
     SHARD = "shard"
     ENGINE_CORE = "engine core"
-    ENGINE_WORKER = "engine worker"
     CONTROLLER = "controller"
     REWARD = "reward worker"
     TRAINER = "trainer rank"
@@ -30,7 +29,6 @@ class Kind(str, Enum):
 TITLES = {
     Kind.SHARD: "ray::Shard",
     Kind.ENGINE_CORE: "VLLM::EngineCore",
-    Kind.ENGINE_WORKER: "VLLM::Worker",
     Kind.CONTROLLER: "ray::Controller",
     Kind.REWARD: "ray::RewardWorker",
     Kind.TRAINER: "ray::TrainerRank",

@@ -54,7 +54,9 @@ def train(config: RunConfig, run_dir: Path, monitor: Monitor) -> Summary:
     with service_of(config, monitor) as service, supervised(service, config.supervisor, monitor):
         start_s = time.monotonic() - began
         monitor.say(f"{len(service.infos)} shards ready in {start_s:.0f} s")
-        before = Once(lambda cursor: evaluation_before(config, run_dir, service.client, workload, cursor, monitor))
+        before: Once[Cursor, Evaluation] = Once(
+            lambda cursor: evaluation_before(config, run_dir, service.client, workload, cursor, monitor)
+        )
         deaths = TrainerDeaths(config.supervisor, history, monitor)
         while True:
             try:

@@ -172,6 +172,18 @@ class AsyncRolloutClient:
         stats: ServiceStats = await self._call("stats")
         return stats
 
+    async def drain(self, group: int) -> None:
+        """Give a group nothing more; see RolloutClient.drain."""
+        await self._call("drain", group)
+
+    async def undrain(self, group: int) -> None:
+        """Let a drained group take chunks again; see RolloutClient.undrain."""
+        await self._call("undrain", group)
+
+    async def resize(self, num_groups: int) -> None:
+        """Say how many groups there shall be; see RolloutClient.resize."""
+        await self._call("resize", num_groups)
+
     async def publish(self, version: int, weights: Weights) -> SyncReport:
         """Send new weights to all shards and switch to them; see RolloutClient.publish."""
         if self._plans is None:

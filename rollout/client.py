@@ -25,7 +25,10 @@ from rollout.sync.segments import unlink
 from rollout.types import Group, ModelLimits, RolloutRequest, SamplingParams
 
 POLL_S = 30.0
-REPEATABLE = frozenset({"limits", "stats", "live_version", "num_workers", "served_plans", "acknowledge_groups"})
+REPEATABLE = frozenset(
+    {"limits", "stats", "live_version", "num_workers", "served_plans", "acknowledge_groups"}
+    | {"drain", "undrain", "resize"}
+)
 """Calls that do the same when they are made twice, so that the death of a controller in between is nobody's concern."""
 MAX_GROUPS_PER_CALL = 64
 ProgressCallback = Callable[[int, int, int], None]
@@ -213,6 +216,31 @@ class RolloutClient:
     def stats(self) -> ServiceStats:
         stats: ServiceStats = self._call("stats")
         return stats
+
+    def drain(self, group: int) -> None:
+        """Give an expert-parallel group nothing more; returns when what it ran has gone on elsewhere.
+
+        Its shards go on receiving weights, and may be stopped, or used again after `undrain`.
+
+        Raises:
+            InvalidRequest: There is no such group, or no other one takes chunks.
+        """
+        self._call("drain", group)
+
+    def undrain(self, group: int) -> None:
+        """Let a drained group take chunks again. Raises InvalidRequest for an unknown one."""
+        self._call("undrain", group)
+
+    def resize(self, num_groups: int) -> None:
+        """Say how many expert-parallel groups there shall be, while rollouts run; returns at once.
+
+        New ones take chunks as soon as they hold the live version (`stats` tells). Of fewer, those with the highest
+        numbers are drained and stopped; what they ran goes on elsewhere.
+
+        Raises:
+            InvalidRequest: Fewer than 1, the service has no supervisor, or no group that stays takes chunks.
+        """
+        self._call("resize", num_groups)
 
     def publish(self, version: int, weights: Weights) -> SyncReport:
         """Send new weights to all shards and switch to them.

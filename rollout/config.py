@@ -2,7 +2,8 @@
 
 YAML in conf/ selects and overrides these; an unknown key is an error. Each component receives only
 its own section. Validation that needs one section lives in its `__post_init__`; checks across
-sections live in `launch/compose.py`. What the trainer alone is told is in `rollout/trainer_config.py`.
+sections live in `launch/compose.py`. What the trainer alone is told is in `rollout/trainer_config.py`, speculation's
+options in `rollout/speculation_config.py`.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from enum import Enum
 from typing import Any
 
 from rollout.errors import InvalidRequest, check_positive
+from rollout.speculation_config import SpeculationConfig
 from rollout.trainer_config import MismatchConfig, TrainerConfig
 
 
@@ -76,6 +78,7 @@ class EngineConfig:
     # Keep the experts chosen for every token and send them with the trajectories, for trainer.replay_routing and the
     # routing figure of the mismatch budget. Host memory: layers × experts of a token bytes for each token of KV cache.
     enable_return_routed_experts: bool = False
+    speculation: SpeculationConfig = field(default_factory=SpeculationConfig)  # drafts that are verified in the engine
     omp_threads_bind: str | None = None  # CPU only: core list of each shard, '|' between shards; None = one core each
     distributed_timeout_s: float = (
         300.0  # a rank silent for this long in a collective, also while they meet at the start, is taken for dead

@@ -26,9 +26,30 @@ class Place:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Health:
-    """What the controller knows of the fleet: expert-parallel groups that must be started anew."""
+    """What the controller knows of the fleet, for whoever starts and stops processes.
+
+    Attributes:
+        dead_groups: Expert-parallel groups that must be started anew.
+        num_groups_wanted: How many there shall be.
+        surplus_groups: Groups beyond that number which run nothing any more: to be stopped.
+        drained_groups: Groups that are given nothing, because an operator said so.
+    """
 
     dead_groups: tuple[int, ...]
+    num_groups_wanted: int
+    surplus_groups: tuple[int, ...] = ()
+    drained_groups: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Supervision:
+    """What a supervisor has done since it began; `num_failed` is by the class of the error."""
+
+    num_controller_restarts: int = 0
+    num_group_restarts: int = 0
+    num_groups_added: int = 0
+    num_groups_removed: int = 0
+    num_failed: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,7 +140,10 @@ class SyncReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServiceStats:
-    """The service at one moment; counts are since its start."""
+    """The service at one moment; counts are since its controller's start.
+
+    `num_failed` (trajectories) and `num_group_deaths` are by reason: rollout.scheduler.records FailureKind, DeathKind.
+    """
 
     live_version: int
     num_queued: int
@@ -138,8 +162,13 @@ class ServiceStats:
     num_chunks: int = 0
     num_migrations: int = 0
     num_cuts: int = 0
+    num_trimmed: int = 0
     num_regenerated: int = 0
     num_tokens_restored: int = 0
     num_journal_waits: int = 0
     num_internal_errors: int = 0
+    num_groups_wanted: int = 0
+    drained_groups: tuple[int, ...] = ()
+    num_group_deaths: dict[str, int] = field(default_factory=dict)
+    supervision: Supervision = field(default_factory=Supervision)
     shards: tuple[ShardStats, ...] = ()

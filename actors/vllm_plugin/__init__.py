@@ -13,6 +13,9 @@ import signal
 import sys
 
 SEED_KEY = "longroll_seed"  # SamplingParams.extra_args: Gumbel key of a request
+GROUP_KEY = "longroll_group"  # likewise: key of its prompt, the same for all members of a group
+MEMBER_KEY = "longroll_member"  # likewise: key of its trajectory
+PROMPT_KEY = "longroll_prompt"  # likewise: tokens of its trajectory's prompt; what else it comes with was generated
 QUANTIZATIONS = {None: "longroll_plain", "int4": "longroll_int4"}  # vLLM's name, by engine.quantization
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 CPU_WORKER = "actors.vllm_plugin.worker.KeyedCpuWorker"

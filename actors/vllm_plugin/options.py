@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from rollout.config import Int4Config
+from rollout.speculation_config import SpeculationConfig
 
 KEY = "longroll"  # of vLLM's additional_config
 
@@ -23,12 +24,14 @@ class PluginOptions:
         initial_version: Version of the weights in the model directory.
         recompute_kv: Prefill running requests again when the weights change.
         capture_routing: Keep the experts chosen for every token.
+        speculation: Draft token trees and verify them; None leaves vLLM's runner and attention as they are.
     """
 
     int4: Int4Config | None = None
     initial_version: int = 0
     recompute_kv: bool = True
     capture_routing: bool = False
+    speculation: SpeculationConfig | None = None
 
     def to_additional_config(self) -> dict[str, Any]:
         return {KEY: asdict(self)}
@@ -40,4 +43,7 @@ class PluginOptions:
         if values.get("int4") is not None:
             int4 = dict(values["int4"])
             values["int4"] = Int4Config(group_size=int4["group_size"], skip=tuple(int4["skip"]))
+        if values.get("speculation") is not None:
+            speculation = dict(values["speculation"])
+            values["speculation"] = SpeculationConfig(**speculation | {"sources": tuple(speculation["sources"])})
         return cls(**values)

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from vllm.distributed.parallel_state import get_dp_group
 from vllm.v1.engine.core import EngineCore
 from vllm.v1.worker import dp_utils
 
@@ -36,6 +37,7 @@ class Ballot:
 
 
 _ballot: Ballot | None = None
+_rows: list[int] = []  # of every rank in the last forward that they agreed on
 
 
 def set_ballot(ballot: Ballot | None) -> None:
@@ -45,6 +47,11 @@ def set_ballot(ballot: Ballot | None) -> None:
     """
     global _ballot
     _ballot = ballot
+
+
+def rows_of_peers(rank: int) -> int:
+    """Rows of the other data-parallel ranks in the forward that was last agreed on."""
+    return sum(_rows) - _rows[rank] if _rows else 0
 
 
 def install() -> None:
@@ -62,7 +69,7 @@ def _coordinate_with_vote(
 ) -> torch.Tensor:
     """vLLM's exchange between data-parallel ranks (one column each), with the vote as its last row."""
     device, group = dp_utils._get_device_and_group(parallel_config)
-    said = torch.zeros(5, parallel_config.data_parallel_size, dtype=torch.int32)
+    size = parallel_config.data_parallel_size
     mine = (
         orig_num_tokens_per_ubatch,
         padded_num_tokens_per_ubatch,
@@ -70,9 +77,15 @@ def _coordinate_with_vote(
         cudagraph_mode,
         0 if _ballot is None else _ballot.vote(),
     )
-    said[:, parallel_config.data_parallel_rank] = torch.tensor(mine, dtype=torch.int32)
-    said = said.to(device)
-    dist.all_reduce(said, group=group)
+    exchange = getattr(get_dp_group().device_communicator, "exchange", None)  # of our CPU communicator, on one host
+    if exchange is not None:
+        said = exchange.gather_rows([torch.tensor([mine], dtype=torch.int32)], [1] * size)[0].T
+    else:
+        said = torch.zeros(len(mine), size, dtype=torch.int32)
+        said[:, parallel_config.data_parallel_rank] = torch.tensor(mine, dtype=torch.int32)
+        said = said.to(device)
+        dist.all_reduce(said, group=group)
+    _rows[:] = said[0].tolist()
     if _ballot is not None:
         _ballot.settle(int(said[4].min()))
     return said[:4]

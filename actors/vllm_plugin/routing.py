@@ -267,15 +267,29 @@ class RoutingCaptureMixin:
         num_tokens = scheduler_output.total_num_scheduled_tokens
         if self.routing_log is not None and num_tokens:
             slots = self.input_batch.block_table[0].slot_mapping.gpu[:num_tokens]  # type: ignore[attr-defined]
-            ids = self._routing_capturer.device_buffer[:num_tokens, self._routing_layers].to(self._routing_dtype)
-            if slots.device.type == "cpu":
-                self.routing_log.write(slots.clone(), ids, None)
-            else:
-                copied = torch.cuda.Event()
-                host = slots.to("cpu", non_blocking=True), ids.to("cpu", non_blocking=True)
-                copied.record()
-                self.routing_log.write(*host, copied.synchronize)
+            self._write_routing(self.routing_log, slots, slice(num_tokens))
         return output
+
+    def _write_routing(self, log: RoutingLog, slots: torch.Tensor, rows: slice | torch.Tensor) -> None:
+        """Log the experts of some rows of the forward under way at these slots."""
+        ids = self._routing_capturer.device_buffer[rows][:, self._routing_layers].to(self._routing_dtype)
+        if slots.device.type == "cpu":
+            log.write(slots.clone(), ids, None)
+            return
+        copied = torch.cuda.Event()
+        host = slots.to("cpu", non_blocking=True), ids.to("cpu", non_blocking=True)
+        copied.record()
+        log.write(*host, copied.synchronize)
+
+    def kv_moved(self, sources: torch.Tensor, slots: torch.Tensor) -> None:
+        """The KV of rows of the forward under way has moved to other slots: routing follows it."""
+        if self.routing_log is not None:
+            self._write_routing(self.routing_log, slots, sources)
+
+    def kv_rejected(self, request_id: str, num_rows: int) -> None:
+        """The last rows of a request in the forward under way do not count: their drafts were wrong."""
+        if self.routing_log is not None and request_id in self._routing_watched:
+            self._routing_watched[request_id].num_computed -= num_rows
 
     def _update_states(self, scheduler_output: Any) -> Any:
         if self.routing_log is None:

@@ -28,6 +28,12 @@ def fallback_seed(request_id: str, seed: int | None) -> int:
     return int.from_bytes(hashlib.blake2b(request_id.encode(), digest_size=8).digest(), "little") & _SEED_MASK
 
 
+def seed_of(request_id: str, params: Any) -> int:
+    """Gumbel key of a request with these sampling parameters."""
+    key = (params.extra_args or {}).get(SEED_KEY)
+    return fallback_seed(request_id, params.seed) if key is None else key & _SEED_MASK
+
+
 class KeyedSamplingMixin:
     """Mix in before a vLLM V1 model runner (`GPUModelRunner` or `CPUModelRunner`).
 
@@ -68,9 +74,7 @@ class KeyedSamplingMixin:
         num_requests = self.input_batch.num_reqs  # type: ignore[attr-defined]
         seeds: np.ndarray = np.empty(num_requests, dtype=np.int64)
         for row, request_id in enumerate(self.input_batch.req_ids):  # type: ignore[attr-defined]
-            params = self.requests[request_id].sampling_params  # type: ignore[attr-defined]
-            key = (params.extra_args or {}).get(SEED_KEY)
-            seeds[row] = fallback_seed(request_id, params.seed) if key is None else key & _SEED_MASK
+            seeds[row] = seed_of(request_id, self.requests[request_id].sampling_params)  # type: ignore[attr-defined]
         return torch.from_numpy(seeds).to(device, non_blocking=True)
 
 

@@ -17,7 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.request import RequestStatus
 
+from actors.vllm_plugin.drafting import DRAFTS_ATTRIBUTE
 from actors.vllm_plugin.options import PluginOptions
 from actors.vllm_plugin.versioned import VERSION_ATTRIBUTE
 
@@ -39,7 +41,21 @@ class VersionMixin:
         if version is not None and version != self.weight_version:
             self.weight_version = version
             self._on_new_version()
-        return super().update_from_output(scheduler_output, model_runner_output)  # type: ignore[misc]
+        outputs = super().update_from_output(scheduler_output, model_runner_output)  # type: ignore[misc]
+        drafts = getattr(model_runner_output, DRAFTS_ATTRIBUTE, None)
+        if drafts:
+            self._take_drafts(drafts)
+        return outputs
+
+    def _take_drafts(self, drafts: dict[str, list[int]]) -> None:
+        """Let the next step verify draft tokens of requests that go on; see tree_runner.py."""
+        for request_id, tokens in drafts.items():
+            request = self.requests.get(request_id)  # type: ignore[attr-defined]
+            if request is not None and request.status == RequestStatus.RUNNING:
+                request.spec_token_ids = tokens
+
+    def make_spec_decoding_stats(self, *args: Any, **kwargs: Any) -> None:
+        """vLLM's counts are of chains of one length; trees are counted where they are drafted."""
 
     def _on_new_version(self) -> None:
         if self._recompute_kv:

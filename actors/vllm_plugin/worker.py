@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
+import torch
 from vllm.v1.worker import cpu_worker
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.cpu_worker import CPUWorker
@@ -21,6 +22,7 @@ from actors.vllm_plugin.nccl import BroadcastReceiver
 from actors.vllm_plugin.options import PluginOptions
 from actors.vllm_plugin.routing import RoutingCaptureMixin
 from actors.vllm_plugin.runner import KeyedSamplingMixin
+from actors.vllm_plugin.tree_runner import TreeRunnerMixin
 from actors.vllm_plugin.versioned import VersionedRunnerMixin
 from actors.vllm_plugin.weights import WeightDesk, WorkerStore, num_local_experts
 from rollout.sync.checkpoint_names import checkpoint_specs
@@ -30,6 +32,10 @@ from rollout.sync.manifest import dtype_name
 
 class KeyedCpuRunner(VersionedRunnerMixin, RoutingCaptureMixin, KeyedSamplingMixin, CPUModelRunner):
     """CPU runner with keyed sampling, versioned weights and captured routing."""
+
+
+class TreeCpuRunner(VersionedRunnerMixin, TreeRunnerMixin, RoutingCaptureMixin, KeyedSamplingMixin, CPUModelRunner):
+    """The same, for engines that speculate."""
 
 
 @contextmanager
@@ -68,9 +74,11 @@ class ControlledMixin:
                 "kv_cache": sum(caches.values()),
             }
 
+        drafts = getattr(self.model_runner, "draft_desk", None)
         self._control = ControlServer(
             {
                 **desk.methods(),
+                **({} if drafts is None else drafts.methods()),
                 "join": receiver.join,
                 "receive": receiver.receive,
                 "take_routing": self.model_runner.take_routing,
@@ -90,7 +98,13 @@ class KeyedCpuWorker(ControlledMixin, CPUWorker):
     """CPU worker."""
 
     def init_device(self) -> None:
-        with _runner_class(cpu_worker, "CPUModelRunner", KeyedCpuRunner):
+        if torch.cpu._is_amx_tile_supported():
+            # vLLM's bfloat16 attention uses AMX tiles, which Linux grants a process that asks; oneDNN does, for linears
+            # that ours replace, and without it the first tile is an illegal instruction.
+            torch.cpu._init_amx()
+        speculates = PluginOptions.of(self.vllm_config).speculation is not None
+        runner = TreeCpuRunner if speculates else KeyedCpuRunner
+        with _runner_class(cpu_worker, "CPUModelRunner", runner):
             super().init_device()
 
 

@@ -118,7 +118,7 @@ def _attend_batch(
     num_kv_heads, num_rows, head_dim = tiled.shape[1:]
     height = group.rows.shape[1]
     owner_tile = batch.tiles[batch.owner]
-    key, key_scale = _gather(cache.key, cache.key_scale, batch.blocks, num_pairs)
+    key, key_scale = gather_chunks(cache.key, cache.key_scale, batch.blocks, num_pairs)
     chunk_tokens = key.shape[1]
     query = tiled.index_select(0, owner_tile).view(-1, num_rows, head_dim)
     scores = torch.bmm(query, key.transpose(1, 2)).view(num_pairs, num_kv_heads, num_rows, chunk_tokens)
@@ -134,7 +134,7 @@ def _attend_batch(
     scores.sub_(shift[batch.owner].unsqueeze(-1)).exp_()
     total = torch.zeros_like(maximum).index_add_(0, batch.owner, scores.sum(-1))
 
-    value, value_scale = _gather(cache.value, cache.value_scale, batch.blocks, num_pairs)
+    value, value_scale = gather_chunks(cache.value, cache.value_scale, batch.blocks, num_pairs)
     if batch.is_partial:
         # Where the weight is 0 the scale of an unused slot may still be NaN.
         is_unused = tokens >= group.lengths[owner_tile].unsqueeze(1)
@@ -145,7 +145,7 @@ def _attend_batch(
     return zeros.index_add_(0, batch.owner, part), total, maximum
 
 
-def _gather(
+def gather_chunks(
     codes: torch.Tensor, scales: torch.Tensor, blocks: torch.Tensor, num_pairs: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return codes as float32 [N * Hkv, C, D], valid until the next call, and scales [N, Hkv, 1, C] of N chunks."""

@@ -20,17 +20,17 @@ from kernels.kv_attention.cache import KVCache, check_lengths
 
 _TILE_HEIGHTS = (16, 64)
 """A sequence's rows are cut into tiles of the smallest height that holds them all, or of the largest. Before these
-comes the least height that gives a matrix ``_MIN_MATRIX_ROWS`` rows."""
-_MIN_MATRIX_ROWS = 4
+comes the least height that gives a matrix ``MIN_MATRIX_ROWS`` rows."""
+MIN_MATRIX_ROWS = 4
 """Rows of a product at least. MKL computes fewer by other kernels, which round otherwise; from 4 rows on a row's
 bits do not depend on how many there are, so that decoding a token gives what prefilling it gives."""
-_CHUNK_TOKENS = 128
+CHUNK_TOKENS = 128
 """Tokens of a chunk, rounded to whole blocks."""
-_SUPERCHUNK = 8
+SUPERCHUNK = 8
 """Chunks a tile merges under one maximum. Fixed, because a row's sums must not depend on the batch."""
-_MAX_PAIRS = 256
-"""Pairs computed together at most; with ``_MAX_ELEMENTS`` this keeps the float32 copies in the cache."""
-_MAX_ELEMENTS = 2**20
+MAX_PAIRS = 256
+"""Pairs computed together at most; with ``MAX_ELEMENTS`` this keeps the float32 copies in the cache."""
+MAX_ELEMENTS = 2**20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,10 +114,10 @@ def plan_attention(
         check_lengths(block_table, query_start_loc, seq_lens, int(query_start_loc[-1]), cache.block_size)
     starts, lengths = query_start_loc[:-1].long(), seq_lens.long()
     query_lens = query_start_loc.diff().long()
-    num_blocks_per_chunk = max(1, _CHUNK_TOKENS // cache.block_size)
+    num_blocks_per_chunk = max(1, CHUNK_TOKENS // cache.block_size)
     groups = []
     shorter = 0
-    smallest = math.ceil(_MIN_MATRIX_ROWS * cache.num_kv_heads / num_query_heads)
+    smallest = math.ceil(MIN_MATRIX_ROWS * cache.num_kv_heads / num_query_heads)
     for height in (smallest, *_TILE_HEIGHTS):
         is_last = height == _TILE_HEIGHTS[-1]
         sequences = ((query_lens > shorter) & ((query_lens <= height) | is_last)).nonzero().squeeze(1)
@@ -158,7 +158,7 @@ def _plan_group(
 ) -> TileGroup:
     """Cut the rows of some sequences into tiles of one height and pair these with their chunks."""
     num_tiles = (query_lens + height - 1) // height
-    sequence, tile = _ragged(num_tiles)
+    sequence, tile = ragged(num_tiles)
     last_row = query_lens[sequence].unsqueeze(1) - 1
     row = tile.unsqueeze(1) * height + torch.arange(height)
     is_row = (row <= last_row).flatten().nonzero().squeeze(1)
@@ -173,7 +173,7 @@ def _plan_group(
     )
     chunk_tokens = num_blocks_per_chunk * cache.block_size
     num_elements = chunk_tokens * max(cache.num_kv_heads * cache.head_dim, num_query_heads * height)
-    max_pairs = min(_MAX_PAIRS, max(_SUPERCHUNK, _MAX_ELEMENTS // num_elements))
+    max_pairs = min(MAX_PAIRS, max(SUPERCHUNK, MAX_ELEMENTS // num_elements))
     batches = tuple(_pair(group, sequence, block_table, cache.block_size, num_blocks_per_chunk, max_pairs))
     return replace(group, batches=batches)
 
@@ -191,10 +191,10 @@ def _pair(
     num_chunks = group.positions[:, -1] // chunk_tokens + 1
     most = int(num_chunks.max())
     within = torch.arange(num_blocks_per_chunk)
-    for superchunk in range(0, most, _SUPERCHUNK):
+    for superchunk in range(0, most, SUPERCHUNK):
         tiles = (num_chunks > superchunk).nonzero().squeeze(1)
-        counts = (num_chunks[tiles] - superchunk).clamp(max=_SUPERCHUNK)
-        owner, chunk = _ragged(counts)
+        counts = (num_chunks[tiles] - superchunk).clamp(max=SUPERCHUNK)
+        owner, chunk = ragged(counts)
         chunk += superchunk
         owner_tile = tiles[owner]
         starts = chunk * chunk_tokens
@@ -205,7 +205,7 @@ def _pair(
         blocks = torch.where(is_used, block_table[sequence[owner_tile].unsqueeze(1), column], 0)
         is_partial = starts + chunk_tokens - 1 > group.positions[owner_tile, 0]
         first_pair = first_tile = 0
-        for num_batch_tiles, num_pairs in _runs(counts.tolist(), max_pairs):
+        for num_batch_tiles, num_pairs in runs(counts.tolist(), max_pairs):
             pairs = slice(first_pair, first_pair + num_pairs)
             yield PairBatch(
                 tiles=tiles[first_tile : first_tile + num_batch_tiles],
@@ -218,13 +218,13 @@ def _pair(
             first_pair, first_tile = first_pair + num_pairs, first_tile + num_batch_tiles
 
 
-def _ragged(counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def ragged(counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (owner, place): counts[i] entries i, and their numbers 0 .. counts[i] - 1."""
     owner = torch.repeat_interleave(counts)
     return owner, torch.arange(len(owner)) - (counts.cumsum(0) - counts)[owner]
 
 
-def _runs(counts: list[int], limit: int) -> Iterator[tuple[int, int]]:
+def runs(counts: list[int], limit: int) -> Iterator[tuple[int, int]]:
     """Cut counts into runs of a sum of at most limit, none empty; yield (length, sum) of each."""
     length = total = 0
     for count in counts:

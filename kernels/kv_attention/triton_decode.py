@@ -134,7 +134,7 @@ def _decode_split_kernel(
 
 
 @triton.jit(do_not_specialize=["num_splits", "split_tokens"])
-def _merge_splits_kernel(
+def merge_splits_kernel(
     partial_ptr,
     partial_lse_ptr,
     seq_lens_ptr,
@@ -265,7 +265,7 @@ def decode_attention_triton(
             num_warps=head_dim // 32,
             num_stages=3,
         )
-        _merge_splits_kernel[(num_query_heads, num_sequences)](
+        merge_splits_kernel[(num_query_heads, num_sequences)](
             partial,
             partial_lse,
             seq_lens,

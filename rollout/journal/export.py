@@ -1,4 +1,4 @@
-"""A run as JSONL or Parquet: one row a trajectory, with the fields under which RL engineers know them.
+"""A run as JSONL or Parquet: one row a trajectory, with the fields under which RL engineers know them; or as a trace.
 
 Groups are read and written one slice at a time, so a run of any size passes through little memory. Groups whose tokens
 were dropped after their retention time are left out and counted. Owns the two formats; knows nothing of databases.
@@ -23,6 +23,7 @@ from rollout.routing import RoutingRef
 from rollout.types import FinishReason, Status, Trajectory, VersionSpan
 
 EXPORT_GROUPS = 8  # groups of one Parquet row group, and most held in memory
+_ENDED = (Status.COMPLETED, Status.TRUNCATED)
 _SPAN = pa.struct([("version", pa.int64()), ("start", pa.int64()), ("stop", pa.int64())])
 _ROUTING = pa.struct(
     [("ref", pa.string()), ("num_bytes", pa.int64()), ("first_token", pa.int64()), ("num_tokens", pa.int64())]
@@ -53,11 +54,12 @@ SCHEMA = pa.schema(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExportCounts:
-    """What was written, and how many groups had no tokens left."""
+    """What was written, and how many groups were left out: without tokens by now, or (in a trace) unfinished."""
 
     num_groups: int
     num_trajectories: int
     num_compacted: int
+    num_unfinished: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,9 +95,7 @@ def export_run(reader: Reader, run_id: str, path: Path) -> ExportCounts:
     """
     if path.suffix not in (".jsonl", ".parquet"):
         raise InvalidRequest("export path", str(path), "a name that ends in .jsonl or .parquet")
-    keys = reader.run_keys(run_id)
-    if not keys:
-        raise InvalidRequest("run", run_id, f"one of {', '.join(reader.run_ids()) or 'none'}")
+    keys = _keys(reader, run_id)
     draft = path.with_name(path.name + ".draft")
     num_kept, num_rows = 0, 0
     try:
@@ -109,6 +109,43 @@ def export_run(reader: Reader, run_id: str, path: Path) -> ExportCounts:
     finally:
         draft.unlink(missing_ok=True)
     return ExportCounts(num_groups=num_kept, num_trajectories=num_rows, num_compacted=len(keys) - num_kept)
+
+
+def export_trace(reader: Reader, run_id: str, path: Path) -> ExportCounts:
+    """Write how long the members of a run's groups became, as rollout.simulate.lengths reads it.
+
+    Groups count whose members have all ended by themselves or at their limit: of others the length is not known.
+
+    Args:
+        reader: The journal.
+        run_id: The run.
+        path: JSONL; replaced as a whole when it is complete.
+
+    Raises:
+        InvalidRequest: A run without groups.
+        JournalBroken: A row is damaged; `path` is as it was.
+    """
+    keys = _keys(reader, run_id)
+    draft = path.with_name(path.name + ".draft")
+    num_groups, num_rows, num_compacted = 0, 0, 0
+    try:
+        with _JsonlWriter(draft) as write:
+            for some in slices(keys, EXPORT_GROUPS):
+                kept = [group for group in reader.load(some) if not group.is_compacted]
+                num_compacted += len(some) - len(kept)
+                ended = [group for group in kept if all(t.outline.status in _ENDED for t in group.trajectories)]
+                rows = [row for group in ended for row in _lengths(group)]
+                write(rows)
+                num_groups, num_rows = num_groups + len(ended), num_rows + len(rows)
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
+    return ExportCounts(
+        num_groups=num_groups,
+        num_trajectories=num_rows,
+        num_compacted=num_compacted,
+        num_unfinished=len(keys) - num_compacted - num_groups,
+    )
 
 
 def load_export(path: Path) -> Iterator[ExportedTrajectory]:
@@ -175,6 +212,23 @@ def _rows(group: RestoredGroup) -> Iterator[dict[str, Any]]:
             "checkpoint": group.checkpoint,
             "metadata": one.metadata,
         }
+
+
+def _lengths(group: RestoredGroup) -> Iterator[dict[str, Any]]:
+    for one in group.trajectories:
+        yield {
+            "group_id": group.group_id,
+            "sample_index": one.outline.sample_index,
+            "prompt_tokens": len(one.outline.prompt_token_ids),
+            "output_tokens": one.num_tokens,
+        }
+
+
+def _keys(reader: Reader, run_id: str) -> list[int]:
+    keys = reader.run_keys(run_id)
+    if not keys:
+        raise InvalidRequest("run", run_id, f"one of {', '.join(reader.run_ids()) or 'none'}")
+    return keys
 
 
 def _routing_row(ref: RoutingRef) -> dict[str, Any]:

@@ -234,17 +234,28 @@ class Dispatcher:
         """A shard serves: a new one, or one that was down, with nothing on it."""
         self._draining.discard(rank)
         self._book.put_up(rank, capacity)
-        if self._static is not None:
-            self._open_lanes.add(rank)
-            self._deal_again(None)
-        else:
-            self._open_lanes.add(None)
+        self._open(rank)
 
     def drain(self, rank: int) -> None:
         """A shard gets nothing new; what it runs is cut at once and goes on elsewhere."""
         self._book.drain(rank)
         self._draining.add(rank)
         self._deal_again(rank)
+
+    def undrain(self, rank: int) -> None:
+        """A shard that was drained gets chunks again; harmless for one that was not."""
+        if rank in self._draining:
+            self._draining.discard(rank)
+            self._book.undrain(rank)
+            self._open(rank)
+
+    def _open(self, rank: int) -> None:
+        """A shard has room: what waits may start."""
+        if self._static is not None:
+            self._open_lanes.add(rank)
+            self._deal_again(None)
+        else:
+            self._open_lanes.add(None)
 
     def take_cuts(self, now: float) -> list[tuple[int, str]]:
         """Running chunks to be cut now, each named once; their tokens so far come back through `on_chunk`."""

@@ -29,6 +29,15 @@ class FailureKind(str, Enum):
     INTERNAL = "internal"
 
 
+class DeathKind(str, Enum):
+    """Why a group of shards serves no longer; deaths are counted by these."""
+
+    DIED = "died"  # a process of it is gone
+    HUNG = "hung"  # busy, and no step for too long
+    SYNC = "sync"  # nobody knows which weights it serves
+    BEHIND = "behind"  # a new controller found it gone, or at another version than the fleet
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Dispatch:
     """Run this chunk on this shard, now."""

@@ -209,6 +209,11 @@ class Scheduler:
             self._book.counts.num_stale_results += 1  # it failed in between
             return
         reason, flight.landing = flight.landing, None
+        if self._is_stale(
+            flight, 0
+        ):  # its own tokens are too far apart: it ran on before its engine heard of the abort
+            self._start_anew(flight, now)
+            return
         is_full = len(flight.trajectory.token_ids) >= flight.submission.request.sampling.max_tokens
         if reason is FinishReason.STOP or is_full:  # an abort may cross the last token on its way
             self._dispatcher.end(flight_id)
@@ -259,6 +264,10 @@ class Scheduler:
         """A shard gets nothing new, and what it runs goes on elsewhere; see `take_cuts`."""
         self._dispatcher.drain(shard)
 
+    def undrain(self, shard: int) -> None:
+        """A shard that was drained gets chunks again; harmless for one that was not."""
+        self._dispatcher.undrain(shard)
+
     def keep_house(self, now: float) -> None:
         """To be called now and then: gives up what has waited for an engine for too long."""
         if not self.live_shards and not self._is_waiting_for_engines(now):
@@ -288,8 +297,16 @@ class Scheduler:
         return sum(f.phase in phases and self._is_stale(f, version) for f in self._book.flights.values())
 
     def _is_stale(self, flight: Flight, version: int) -> bool:
+        """Whether it would be too old with one more token of this version, or is by those that it has."""
         spans, most = flight.trajectory.weight_versions, self._config.max_staleness
-        return most is not None and bool(spans) and version - spans[0].version > most
+        return most is not None and bool(spans) and max(version, spans[-1].version) - spans[0].version > most
+
+    def _start_anew(self, flight: Flight, now: float) -> None:
+        if flight.submission.is_aborted:  # whoever asks for it again shall not get it as it is
+            self._book.drop_tokens(flight)
+            self._book.end_aborted(flight, now)
+        else:
+            self._continue(flight, now)
 
     def restart_queued(self, now: float) -> None:
         """Drop the tokens of queued trajectories: new weights, and partial rollouts are not wanted."""

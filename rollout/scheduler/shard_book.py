@@ -92,6 +92,10 @@ class ShardBook:
     def drain(self, rank: int) -> None:
         self._loads[rank].is_draining = True
 
+    def undrain(self, rank: int) -> None:
+        self._loads[rank].is_draining = False
+        self._offer(rank)
+
     def reserve(self, job: Job, rank: int, budget_tokens: int) -> None:
         """A chunk of a job starts."""
         load = self._loads[rank]

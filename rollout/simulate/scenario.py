@@ -32,6 +32,7 @@ class Scenario:
         max_staleness: Most versions between a trajectory's first token and its training. A step waits for those that
             would pass it. Static is always synchronous.
         max_running: Sequences that an engine admits at once.
+        ahead: Chunks handed to an engine beyond these, which wait in it for a slot. Static hands it everything.
         kv_tokens: KV of a shard; None takes what the accelerator has room for.
         block_tokens: Tokens of a KV block.
         max_batched_tokens: Rows of an engine step.
@@ -55,6 +56,7 @@ class Scenario:
     over_sampling: float = 1.0
     max_staleness: int = 0
     max_running: int = 64
+    ahead: int = 0
     kv_tokens: int | None = None
     block_tokens: int = 16
     max_batched_tokens: int = 2048
@@ -71,8 +73,9 @@ class Scenario:
             _check(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
         for name in ("chunk_tokens", "rl_steps", "max_running", "block_tokens", "max_batched_tokens"):
             _check(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
-        for name in ("turnaround_s", "sync_stall_s", "failures_per_shard_day", "max_staleness", "spec_draft_tokens"):
+        for name in ("turnaround_s", "sync_stall_s", "failures_per_shard_day", "max_staleness", "ahead"):
             _check(name, getattr(self, name), getattr(self, name) >= 0, "at least 0")
+        _check("spec_draft_tokens", self.spec_draft_tokens, self.spec_draft_tokens >= 0, "at least 0")
         _check("restart_s", self.restart_s, self.restart_s > 0, "above 0")
         divides = self.gpus % self.shards_per_group == 0
         _check("shards_per_group", self.shards_per_group, divides, f"a divisor of gpus={self.gpus}")

@@ -80,7 +80,8 @@ class Simulation:
         # Static and synchronous is one thing; a trainer that only places better is partial with max_staleness=0.
         self._is_synchronous = policy == "static" or scenario.max_staleness == 0
         # A synchronous trainer hands its engines everything at once; they hold the queue.
-        slots = scenario.prompts * scenario.n_samples_per_prompt if policy == "static" else scenario.max_running
+        num_all = scenario.prompts * scenario.n_samples_per_prompt
+        slots = num_all if policy == "static" else scenario.max_running + scenario.ahead
         self._capacity = {
             rank: ShardCapacity(
                 max_running=slots,

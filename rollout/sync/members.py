@@ -29,7 +29,7 @@ class Members:
         self, receivers: Mapping[int, Receiver], groups: Mapping[int, int], on_dead: OnDead | None = None
     ) -> None:
         self._receivers = dict(receivers)
-        self.groups = groups
+        self.groups = dict(groups)
         self._on_dead = on_dead
         self._serving = set(receivers)
 
@@ -77,6 +77,11 @@ class Members:
         """Shards were started anew; they serve once they were welcomed."""
         self.lose(receivers)
         self._receivers |= receivers
+
+    def add(self, receivers: Mapping[int, Receiver], group: int) -> None:
+        """A group that was not there before; it serves once it was welcomed."""
+        self.groups |= dict.fromkeys(receivers, group)
+        self.replace(receivers)
 
     def welcome(self, ranks: Iterable[int]) -> None:
         """They hold the live version."""

@@ -232,6 +232,10 @@ class Publisher:
         """Shards were started anew; they serve once they have caught up."""
         self._members.replace(receivers)
 
+    def joined(self, receivers: Mapping[int, Receiver], group: int) -> None:
+        """A further group was started; it serves once it has caught up."""
+        self._members.add(receivers, group)
+
     async def catch_up(self, rank: int, refs: Sequence[BucketRef]) -> None:
         """Bring a shard that does not serve, and those of its group with it, to the live version.
 

@@ -167,16 +167,16 @@ def test_an_engine_that_hangs_is_started_again(world: World) -> None:
     client, info = world.service.client, world.service.infos[1]
     assert info.place is not None
     below = psutil.Process(info.place.pid).children(recursive=True)
-    (worker,) = [one for one in below if one.cmdline()[0].startswith("VLLM::Worker")]
+    (engine,) = [one for one in below if one.cmdline()[0].startswith("VLLM::EngineCore")]
     num_retries, began = client.stats().num_retries, time.monotonic()
     handle = begun(world, client, "hanging")
-    worker.suspend()
+    engine.suspend()
     check_whole(world, "hanging", read(client, handle))
     assert time.monotonic() - began > HANG_TIMEOUT_S
     assert world.supervisor.num_group_restarts == 1 and world.supervisor.num_failed_restarts == 0
     assert client.stats().num_retries > num_retries, "its chunks were generated again"
     assert world.service.infos[1].place != info.place
-    assert not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE
+    assert not engine.is_running() or engine.status() == psutil.STATUS_ZOMBIE
 
 
 @pytest.mark.ray

@@ -235,7 +235,7 @@ def test_the_plan_has_every_kind_in_each_round_by_both_signals_in_two() -> None:
 @pytest.fixture
 def pretenders() -> Iterator[list[subprocess.Popen[bytes]]]:
     """Processes with titles as Ray and vLLM give them."""
-    titles = ["ray::Shard.generate", "ray::Controller", "VLLM::EngineCore_DP0", "VLLM::Worker_DP0_EP0", "ray::IDLE"]
+    titles = ["ray::Shard.generate", "ray::Controller", "VLLM::EngineCore_DP0", "ray::IDLE"]
     started = [
         subprocess.Popen([title, "-c", "read"], executable="/bin/bash", stdin=subprocess.PIPE) for title in titles
     ]
@@ -249,18 +249,17 @@ def test_victims_are_found_by_their_titles(pretenders: list[subprocess.Popen[byt
     os.kill(pretenders[0].pid, signal.SIGSTOP)
     found = by_kind(os.getpid())
     first = {kind: [process.pid for process in some] for kind, some in found.items()}
-    shard, controller, core, worker, _ = (process.pid for process in pretenders)
+    shard, controller, core, _ = (process.pid for process in pretenders)
     assert first == {
         Kind.SHARD: [shard],
         Kind.ENGINE_CORE: [core],
-        Kind.ENGINE_WORKER: [worker],
         Kind.CONTROLLER: [controller],
         Kind.REWARD: [],
         Kind.TRAINER: [],
         Kind.DRIVER: [os.getpid()],
     }
     assert not is_gone(found[Kind.SHARD][0]), "a stopped process is there"
-    assert [is_worker(psutil.Process(process.pid)) for process in pretenders] == [True, True, True, True, False]
+    assert [is_worker(psutil.Process(process.pid)) for process in pretenders] == [True, True, True, False]
     pretenders[1].kill()
     psutil.wait_procs([psutil.Process(pretenders[1].pid)], timeout=10)
     assert is_gone(found[Kind.CONTROLLER][0]) and by_kind(os.getpid())[Kind.CONTROLLER] == []

@@ -36,6 +36,7 @@ from rollout.types import (
 )
 
 SERVER_START_S = 120.0  # initdb and the first start on a busy machine
+INSTALL_S = 600.0
 SERVER_USERS = ("postgres", "nobody")
 
 
@@ -44,6 +45,20 @@ def server_programs() -> Path | None:
     found = [Path(path).resolve().parent for path in [shutil.which("initdb")] if path is not None]
     found += sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)
     return next((path for path in found if (path / "initdb").exists() and (path / "postgres").exists()), None)
+
+
+def _programs_or_skip() -> Path:
+    """The server's programs. In CI they are installed from Debian's packages where they are missing, or it fails."""
+    programs, has_setpriv = server_programs(), shutil.which("setpriv") is not None
+    if "CI" in os.environ and (programs is None or not has_setpriv):
+        for command in (["update"], ["install", "--yes", "--no-install-recommends", "postgresql", "util-linux"]):
+            quiet = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
+            subprocess.run(["apt-get", "-qq", *command], check=True, env=quiet, timeout=INSTALL_S)
+        programs, has_setpriv = server_programs(), shutil.which("setpriv") is not None
+        assert programs is not None and has_setpriv, "installed postgresql and util-linux, and found no server"
+    if programs is None or not has_setpriv:
+        pytest.skip("no PostgreSQL server here: install Debian's package postgresql (and util-linux for setpriv)")
+    return programs
 
 
 def _as_server_user(directory: Path) -> list[str]:
@@ -60,9 +75,7 @@ def _as_server_user(directory: Path) -> list[str]:
 @contextlib.contextmanager
 def postgres_server() -> Iterator[str]:
     """Start a server on a Unix socket in a directory of its own; yields its DSN. Skips the test without one."""
-    programs = server_programs()
-    if programs is None or shutil.which("setpriv") is None:
-        pytest.skip("no PostgreSQL server here: install Debian's package postgresql (and util-linux for setpriv)")
+    programs = _programs_or_skip()
     directory = Path(tempfile.mkdtemp(prefix="lr-pg-"))  # a short path: a socket's may have 107 bytes
     prefix, data = _as_server_user(directory), directory / "data"
     try:

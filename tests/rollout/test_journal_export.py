@@ -11,9 +11,10 @@ from pyarrow import parquet
 
 from rollout.errors import InvalidRequest
 from rollout.journal.errors import JournalBroken
-from rollout.journal.export import SCHEMA, export_run, load_export
+from rollout.journal.export import SCHEMA, export_run, export_trace, load_export
 from rollout.journal.opening import open_database, open_journal, open_reader
 from rollout.scheduler.intake import make_group
+from rollout.simulate.lengths import read_trace
 from rollout.types import Trajectory
 from tests.rollout.journal_cases import chunk_of, config_of, ended, key_of, member, request_of
 
@@ -92,3 +93,17 @@ def test_an_export_that_fails_leaves_the_older_one(tmp_path: Path) -> None:
     with open_reader(config) as reader, pytest.raises(JournalBroken, match="trajectory g10/0 of run run"):
         export_run(reader, "run", path)
     assert path.read_bytes() == before and not list(tmp_path.glob("*.draft"))
+
+
+def test_a_trace_has_the_lengths_of_groups_that_have_ended(dsn: str, tmp_path: Path) -> None:
+    expected, path = write(dsn), tmp_path / "trace.jsonl"
+    with open_reader(config_of(dsn)) as reader:
+        counts = export_trace(reader, "run", path)
+        with pytest.raises(InvalidRequest, match="none"):
+            export_trace(reader, "none", path)
+    # g0 is unfinished, g1 compacted.
+    assert (counts.num_groups, counts.num_trajectories, counts.num_compacted, counts.num_unfinished) == (9, 18, 1, 1)
+    lengths = {t.trajectory_id: len(t.token_ids) for t in expected if t.group_id != "g0"}
+    work = read_trace(path)
+    assert {f"{one.group_id}/{i}": n for one in work for i, n in enumerate(one.output_tokens)} == lengths
+    assert {one.prompt_tokens for one in work} == {3}

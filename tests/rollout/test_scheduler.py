@@ -447,6 +447,53 @@ def test_too_old_trajectories_start_anew_and_only_those():
     assert finished.group.trajectories[0].status is Status.COMPLETED
 
 
+@pytest.mark.parametrize("is_known", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("reason", [FinishReason.STOP, FinishReason.LENGTH])
+def test_one_that_ended_while_its_abort_was_on_the_way_is_held_to_the_bound(reason, is_known):
+    """New weights are in the engine before the controller knows of them, and its aborts arrive later still."""
+    scheduler = stale_scheduler(OnStale.REGENERATE)
+    dispatches = scheduler.next_dispatches(0.0)
+    for dispatch in dispatches:
+        scheduler.on_chunk(answer(dispatch, version=1), 0.0)
+    last = scheduler.next_dispatches(0.0)
+    if is_known:
+        assert scheduler.on_version(2, 0.0) == {0: [d.chunk.trajectory_id for d in last]}
+    for dispatch in last:
+        scheduler.on_chunk(answer(dispatch, 2 if reason is FinishReason.LENGTH else 1, reason, version=2), 0.0)
+    assert scheduler.counts.num_regenerated == 3 and scheduler.book.take_finished() == []
+    assert [len(d.chunk.token_ids) for d in scheduler.next_dispatches(0.0)] == [3, 3, 3], "from the prompt"
+
+
+def test_a_client_abort_does_not_keep_what_is_too_old():
+    scheduler = stale_scheduler(OnStale.REGENERATE)
+    dispatches = scheduler.next_dispatches(0.0)
+    scheduler.abort("h", 0.0)
+    for dispatch in dispatches:
+        scheduler.on_chunk(answer(dispatch, 1, FinishReason.STOP, version=2), 0.0)
+    ended = [finished.group.trajectories[0] for finished in scheduler.book.take_finished()]
+    assert [(t.status, t.token_ids) for t in ended] == [(Status.ABORTED, [])] * 3
+    assert len(scheduler.book.take_restarts()) == 3
+
+
+def test_a_drained_shard_takes_chunks_again_when_it_may():
+    scheduler = make_scheduler(num_shards=2, max_running_per_shard=2)
+    scheduler.submit("h", make_request(num_prompts=2, n=4), 0.0)
+    begun = scheduler.next_dispatches(0.0)
+    scheduler.drain(1)
+    ((shard, cut),) = scheduler.take_cuts(0.0).items()
+    assert shard == 1 and sorted(cut) == sorted(d.chunk.trajectory_id for d in begun if d.shard == 1)
+    for dispatch in begun:
+        if dispatch.shard == 1:
+            scheduler.on_chunk(answer(dispatch, 1, FinishReason.ABORT), 0.0)
+    assert scheduler.next_dispatches(0.0) == [] and scheduler.running_on(1) == []
+    scheduler.undrain(0)  # harmless
+    scheduler.undrain(1)
+    scheduler.undrain(1)
+    again = scheduler.next_dispatches(0.0)
+    assert [d.shard for d in again] == [1, 1] and scheduler.take_cuts(0.0) == {}
+    assert {len(d.chunk.token_ids) for d in again} == {4}, "what it had goes on first"
+
+
 def test_too_old_trajectories_fail_counted_if_so_configured():
     scheduler = stale_scheduler(OnStale.DROP)
     scheduler.on_version(2, 0.0)

@@ -1,0 +1,174 @@
+"""When to try what is not known to pay, and with how many requests.
+
+Two reasons to try. A plan might pay, going by how little is known of it (its estimate plus a standard error): that is
+what happens at the start, and again where the batch has shrunk to sizes not seen before, and it ends by itself as the
+errors shrink. And a set of sources that did not pay might have become better: it is tried again after an interval that
+doubles as long as it does not, and starts afresh when the weights, the sources or the batch change.
+
+Trials that might be dear are made with a few of the requests; what they may cost in all is bounded by an account.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from rollout.governor.config import GovernorConfig
+from rollout.governor.plans import Plan, Sources
+from rollout.governor.records import StepState
+from rollout.governor.time_model import TimeModel
+
+HOPE = 1.0  # standard errors by which a plan is judged better than estimated
+MIN_HOPE_GAIN = 0.03  # what a trial must promise beyond the best known gain
+SHOTS = 4  # steps of one trial
+KNOWN_TRIALS = 32  # requests drafted for, from which step times are what is worth learning
+RETRY_REQUESTS = 16  # requests that one retry drafts for, spread over steps
+RETRY_STEPS = 4  # but in no more steps than that
+SOUNDING_REQUESTS = 8  # in one step of a trial that is about acceptance
+COOLING_STEPS = 256  # until the same plan, at the same size, is tried again
+
+
+@dataclass(slots=True)
+class Trial:
+    """A plan to be tried for some more steps."""
+
+    plan: Plan
+    shots: int
+    is_retry: bool
+
+
+@dataclass(slots=True)
+class Retry:
+    """When a set of sources is tried again."""
+
+    interval: int
+    at_step: int
+
+
+class Exploration:
+    """Owns the trial under way and the intervals."""
+
+    def __init__(self, config: GovernorConfig) -> None:
+        self._config = config
+        self._retries: dict[Sources, Retry] = {}
+        self._tried: dict[tuple[Sources, int], int] = {}  # at which step a plan was last to be tried
+        self.trial: Trial | None = None
+
+    def rearm(self, step: int, sources: Iterable[Sources] | None = None) -> None:
+        """Something may have become better: those sets, or all, are tried again at once."""
+        self._tried.clear()
+        for key in list(self._retries) if sources is None else sources:
+            self._retries[key] = Retry(self._config.retry_steps, step)
+
+    def resized(self) -> None:
+        """Steps have another size, at which nothing was tried yet."""
+        self._tried.clear()
+
+    def shorten(self, step: int) -> None:
+        """Drafts pay sooner now, if they are any good: no wait is longer than the shortest."""
+        shortest = self._config.retry_steps
+        for retry in self._retries.values():
+            retry.interval, retry.at_step = shortest, min(retry.at_step, step + shortest)
+
+    def plan(self, plans: Sequence[Plan], best: Plan, allowed: set[Sources], step: int) -> None:
+        """Decide what to try next.
+
+        Args:
+            plans: All.
+            best: What is chosen now.
+            allowed: Sets that may be tried because they might pay (and not only as a retry).
+            step: Number of the present one.
+        """
+        self.trial = None
+        wanted = best.gain * (1 + MIN_HOPE_GAIN)
+        off_s = plans[0].step_s
+        hopes = [
+            (_hope(plan, off_s), index)
+            for index, plan in enumerate(plans)
+            if plan is not best
+            and plan.is_near
+            and (plan.is_off or plan.sources in allowed)
+            and step >= self._tried.get(_key(plan), -COOLING_STEPS) + COOLING_STEPS
+        ]
+        hope, index = max(hopes, default=(0.0, 0))
+        if hope > wanted:
+            self.trial = Trial(plans[index], SHOTS, is_retry=False)
+            return
+        for sources, plan in _best_of_each(plans).items():
+            retry = self._retries.setdefault(sources, Retry(self._config.retry_steps, step + self._config.retry_steps))
+            if sources == best.sources:
+                retry.interval, retry.at_step = self._config.retry_steps, step + self._config.retry_steps
+            elif step >= retry.at_step:
+                retry.at_step = step + retry.interval
+                retry.interval = min(2 * retry.interval, self._config.max_retry_steps)
+                self.trial = Trial(plan, RETRY_REQUESTS, is_retry=True)
+                return
+
+    def num_requests(self, sequences: int, trials_known: float, best: Plan, afford: Callable[[int], bool]) -> int:
+        """Requests that the trial may draft for in this step; 0 = it has to wait.
+
+        Args:
+            sequences: In the step.
+            trials_known: Requests that the plan's sources were verified on.
+            best: What is chosen now.
+            afford: Whether drafting for so many requests can be paid for.
+        """
+        trial = self.trial
+        assert trial is not None
+        if not best.is_off:  # those without a draft would lose what the present choice brings them
+            return sequences if afford(sequences) else 0
+        is_sounding = trial.is_retry or trials_known < KNOWN_TRIALS
+        if not is_sounding:
+            return sequences if afford(sequences) else 0
+        requests = min(sequences, SOUNDING_REQUESTS)
+        while requests and not afford(requests):
+            requests //= 2
+        return requests
+
+    def fired(self, requests: int, step: int, is_full: bool) -> None:
+        """A step of the trial was chosen, with so many requests, or all of them."""
+        trial = self.trial
+        assert trial is not None
+        trial.shots -= max(requests, RETRY_REQUESTS // RETRY_STEPS) if trial.is_retry else 1
+        if trial.shots <= 0:
+            self.trial = None
+            if is_full:
+                self._tried[_key(trial.plan)] = step
+
+
+def loss_s(plan: Plan, best_gain: float, times: TimeModel, state: StepState, requests: int) -> float:
+    """Seconds that a step of a trial may lose against a choice of that gain, at the worst that is plausible.
+
+    Args:
+        requests: That are drafted for.
+    """
+    everybody = state.num_sequences + state.peer_sequences
+    off_s, _ = times.predict(everybody, everybody, state.context_tokens)
+    if plan.is_off:
+        return off_s * (1 - 1 / best_gain)
+    rows = state.num_sequences + max(state.peer_rows, state.peer_sequences) + requests * plan.nodes
+    slow_s = times.worst(everybody, rows, state.context_tokens) + plan.draft_s
+    tokens = everybody + requests * max(0.0, plan.accepted - 2 * plan.accepted_error)
+    return max(0.0, slow_s - tokens * off_s / (everybody * best_gain))
+
+
+def _hope(plan: Plan, off_s: float) -> float:
+    """The gain that the plan might have."""
+    if plan.is_off:
+        return math.exp(HOPE * plan.time_error)
+    faster_s = max(plan.step_s * math.exp(-HOPE * plan.time_error), off_s + plan.draft_s)
+    more = 1 + HOPE * plan.accepted_error / (1 + plan.accepted)
+    return plan.gain * plan.step_s / faster_s * more
+
+
+def _key(plan: Plan) -> tuple[Sources, int]:
+    return plan.sources, plan.budget_index
+
+
+def _best_of_each(plans: Sequence[Plan]) -> dict[Sources, Plan]:
+    result: dict[Sources, Plan] = {}
+    for plan in plans:
+        if plan.sources and (plan.sources not in result or plan.gain > result[plan.sources].gain):
+            result[plan.sources] = plan
+    return result

@@ -1,0 +1,266 @@
+"""The parts of speculation inside an engine, without one."""
+
+from types import SimpleNamespace
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from vllm.v1.request import RequestStatus
+
+from actors.engine_args import engine_args
+from actors.vllm_plugin.drafters import AdversarialDrafter, RandomDrafter
+from actors.vllm_plugin.drafting import DraftDesk, DraftLimits, DraftRequest, Verified
+from actors.vllm_plugin.hidden_log import HiddenLog
+from actors.vllm_plugin.options import PluginOptions
+from actors.vllm_plugin.scheduler import VersionMixin
+from actors.vllm_plugin.sibling_drafter import TOKENS_A_STEP, SiblingDrafter
+from actors.vllm_plugin.trees import TreeBatch, Written
+from rollout.config import EngineConfig, ModelConfig, SyncConfig
+from rollout.errors import InvalidRequest
+from rollout.speculation.tree import TokenTree
+from rollout.speculation.walk import Accepted, walk
+from rollout.speculation_config import SpeculationConfig
+from tests.actors.speculation_drafters import StubDrafter
+
+VOCAB = 50
+MODEL = SimpleNamespace(model_config=SimpleNamespace(get_vocab_size=lambda: VOCAB))
+
+
+def config(**options) -> SpeculationConfig:
+    return SpeculationConfig(**{"enabled": True, "governor": False, "budget_nodes": 6} | options)
+
+
+def request(name: str = "a", tokens=(1, 2, 3, 4), budget: int = 6, max_depth: int = 8, group=None) -> DraftRequest:
+    return DraftRequest(
+        request_id=name,
+        token_ids=np.array(tokens, dtype=np.int32),
+        num_prompt_tokens=2,
+        seed=5,
+        temperature=1.0,
+        top_k=None,
+        top_p=1.0,
+        group=group,
+        member=name,
+        max_depth=max_depth,
+        budget=budget,
+    )
+
+
+LIMITS = DraftLimits(max_width=4, max_depth=5, source=1)
+
+
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [
+        ({"max_width": 5}, "max_width"),
+        ({"max_width": 0}, "max_width"),
+        ({"budget_nodes": 0}, "budget_nodes"),
+        ({"max_depth": 0}, "max_depth"),
+        ({"sources": ("nobody",)}, "sources"),
+        ({"sources": ()}, "sources"),
+        ({"sources": ("clover2",)}, "draft_model"),
+    ],
+)
+def test_impossible_options(options: dict, what: str) -> None:
+    with pytest.raises(InvalidRequest, match=f"engine.speculation.{what}"):
+        config(**options)
+
+
+def test_options_reach_the_engine_and_what_cannot_be_is_refused() -> None:
+    def arguments(on_gpu: bool = False, **engine):
+        model = ModelConfig(path="models/tiny")
+        options = EngineConfig(num_shards=1, speculation=config(sources=("sibling", "random")), **engine)
+        return engine_args(model, options, SyncConfig(), rank=0, rendezvous=None, on_gpu=on_gpu)
+
+    found = PluginOptions.of(SimpleNamespace(additional_config=arguments().additional_config))
+    assert found.speculation == config(sources=("sibling", "random"))
+    with pytest.raises(InvalidRequest, match="tensor_parallel_size"):
+        arguments(tensor_parallel_size=2)
+    off = engine_args(
+        ModelConfig(path="models/tiny"), EngineConfig(num_shards=1), SyncConfig(), rank=0, rendezvous=None, on_gpu=False
+    )
+    assert PluginOptions.of(SimpleNamespace(additional_config=off.additional_config)).speculation is None
+
+
+def desk(*drafters, clock=None, **options) -> DraftDesk:
+    named = {f"tests:{place}": drafter for place, drafter in enumerate(drafters)}
+    extra = {} if clock is None else {"clock": clock}
+    return DraftDesk(config(sources=tuple(named), **options), named, vocab_size=VOCAB, max_nodes=40, **extra)
+
+
+@pytest.mark.parametrize(
+    ("tree", "what"),
+    [
+        (TokenTree.of_lists([1, VOCAB], [0, 1]), "vocabulary"),
+        (TokenTree.chain(list(range(7))), "budget"),
+        (TokenTree.of_lists([1, 2, 3], [0, 0, 0]), "width"),
+    ],
+)
+def test_a_drafter_that_does_what_it_may_not(tree: TokenTree, what: str) -> None:
+    one = desk(StubDrafter([tree]), max_width=2)
+    one.choose(1, 10, 0, 0)
+    with pytest.raises(InvalidRequest, match=what):
+        one.propose([request()])
+
+
+def test_drafts_of_several_sources_make_one_tree_and_trimmed_ones_are_counted() -> None:
+    first, second = TokenTree.of_lists([1, 2, 3], [0, 1, 2]), TokenTree.of_lists([1, 9], [0, 0])
+    one = desk(StubDrafter([first], [-0.1, -0.2, -0.9]), StubDrafter([second], [-0.3, -0.5]), governor=True)
+    with mock.patch.object(one, "_governor") as governor:
+        governor.choose.return_value = one._fixed
+        one.choose(1, 10, 0, 0)
+        trees = one.propose([request()])
+        assert list(trees) == ["a"] and one.tree_of("a") is trees["a"] and one.num_pending == 1
+        assert trees["a"].to_lists() == ([1, 2, 9, 3], [0, 1, 0, 2])
+        trimmed = trees["a"].prefix(3)
+        verified = (("a", trimmed, walk(trimmed, [1, 2, 7, 7])),)
+        state = dict(
+            num_sequences=1, context_tokens=10, rows=4, num_tokens=3, has_prefill=False, version=0, peer_rows=0
+        )
+        one.verified(Verified(**state, trees=(), is_continued=False))
+        one.verified(Verified(**state, trees=verified, is_continued=True))
+        outcome = governor.observe.call_args.args[0]
+    assert one.num_pending == 0
+    by_source = outcome.tally.by_source
+    assert {name: (t.nodes, t.accepted, t.offered) for name, t in by_source.items()} == {
+        "tests:0": (2, 2, 1),
+        "tests:1": (1, 0, 1),
+    }
+    assert outcome.tally.together.nodes == 3 and outcome.step_s > 0
+
+
+def test_all_trees_fit_a_step() -> None:
+    one = desk(RandomDrafter(config(), MODEL, None))
+    one.choose(100, 10, 0, 0)
+    assert one.budgets([str(i) for i in range(100)]) == [0] * 100
+    assert one.budgets([str(i) for i in range(10)]) == [4] * 10
+    assert one.budgets(["a"]) == [6]
+
+
+def test_turned_off_nothing_is_drafted() -> None:
+    one = desk(RandomDrafter(config(), MODEL, None))
+    one.turn(False)
+    assert one.choose(3, 10, 0, 0).is_off
+    one.turn(True)
+    assert not one.choose(3, 10, 0, 0).is_off
+    assert one.choose(0, 0, 0, 0).is_off
+
+
+def test_useless_drafts_are_given_up() -> None:
+    """A step of 10 ms, and half of one more with drafts that are always wrong: soon there are hardly any."""
+    now = [0.0]
+    one = desk(StubDrafter([TokenTree.chain([7, 7, 7])] * 4), clock=lambda: now[0], governor=True)
+    names = list("abcd")
+    drafted = []
+    for _ in range(400):
+        choice = one.choose(4, 400, 0, 0)
+        requests = [request(n, budget=b) for n, b in zip(names, one.budgets(names), strict=True) if b]
+        trees = {} if choice.is_off else one.propose(requests)
+        drafted.append(bool(trees))
+        now[0] += 0.015 if trees else 0.010
+        verified = [(name, tree, walk(tree, [0] * tree.num_rows)) for name, tree in trees.items()]
+        rows = 4 + sum(tree.num_nodes for tree in trees.values())
+        one.verified(
+            Verified(
+                num_sequences=4,
+                context_tokens=400,
+                rows=rows,
+                num_tokens=4,
+                has_prefill=False,
+                version=0,
+                peer_rows=0,
+                trees=verified,
+                is_continued=True,
+            )
+        )
+    assert any(drafted), "it was tried"
+    assert now[0] < 400 * 0.010 / 0.97
+
+
+@pytest.mark.parametrize("drafter", [RandomDrafter, AdversarialDrafter])
+def test_drafters_that_are_wrong_keep_the_limits(drafter: type) -> None:
+    one = drafter(config(), MODEL, None)
+    sizes = set()
+    for turn in range(200):
+        budget, depth = 1 + turn % 9, 1 + turn % 4
+        asked = request(tokens=np.arange(turn % 7 + 1), budget=budget, max_depth=depth)
+        limits = DraftLimits(max_width=1 + turn % 4, max_depth=5, source=2)
+        (scored,) = one.propose([asked], limits)
+        scored.tree.check(max_width=limits.max_width, budget=budget, vocab_size=VOCAB)
+        assert scored.tree.depth <= depth and (scored.sources == 2).all() and (np.diff(scored.scores) <= 0).all()
+        sizes.add(scored.num_nodes)
+    assert max(sizes) >= 4
+
+
+def test_siblings_draft_for_each_other_across_shards() -> None:
+    here, there = (SiblingDrafter(config(), MODEL, None) for _ in range(2))
+    story = np.arange(3, 3 + 3 * TOKENS_A_STEP) % VOCAB
+    here.learn(request("a", story[:40], group="g"))
+    here.learn(request("a", story, group="g"))
+    delta = here.delta("there")
+    assert sum(len(one.tokens) for one in delta) >= len(story) - 2 and not here.delta("there")
+    there.apply(delta)
+    late = request("b", story[:50], group="g")
+    assert there.propose([request("c", story[:50], group="other"), late], LIMITS)[0].num_nodes == 0
+    for _ in range(4):  # a few tokens a step
+        (drafted,) = there.propose([late], LIMITS)
+    assert drafted.tree.tokens.tolist()[0] == story[50]
+    own = there.delta("here")
+    assert {one.member for one in own} == {"b", "c"}, "what came from a shard does not go back to it"
+
+
+def test_hidden_states_by_position() -> None:
+    log = HiddenLog(max_bytes=6 * 4 * 2)
+    rows = torch.arange(20.0).view(10, 2)
+    log.add(["a", "b"], np.array([3, 1]), np.array([0, 5]), rows[:4])
+    log.add(["a"], np.array([2]), np.array([3]), rows[4:6])
+    begin, found = log.since("a", 1, 5)
+    assert begin == 1 and torch.equal(found, rows[[1, 2, 4, 5]])
+    assert log.since("b", 0, 7) == (7, None), "the states end before the root"
+    assert log.since("c", 0, 3) == (3, None)
+    log.add(["a"], np.array([1]), np.array([5]), rows[6:7])  # drops the first step
+    begin, found = log.since("a", 0, 6)
+    assert begin == 3 and torch.equal(found, rows[4:7])
+    log.add(["a"], np.array([2]), np.array([4]), rows[7:9])  # computed anew
+    begin, found = log.since("a", 3, 6)
+    assert begin == 3 and torch.equal(found, rows[[4, 7, 8]])
+    assert log.num_bytes <= 6 * 4 * 2
+
+
+def test_rows_positions_and_moves_of_a_step() -> None:
+    """A prefill chunk, a request with a tree, a decoding one, and a chain."""
+    tree, chain = TokenTree.of_lists([1, 2, 3, 4], [0, 0, 1, 2]), TokenTree.chain([5, 6])
+    batch = TreeBatch(
+        trees=[TokenTree.empty(), tree, TokenTree.empty(), chain],
+        starts=np.array([0, 7, 12, 13, 16]),
+        bases=np.array([20, 100, 30, 40]),
+    )
+    rows, owners, positions = batch.sampled_rows()
+    assert rows.tolist() == [6, 7, 8, 9, 10, 11, 12, 13, 14, 15]
+    assert owners.tolist() == [0, 1, 1, 1, 1, 1, 2, 3, 3, 3]
+    assert positions.tolist() == [20, 100, 101, 101, 102, 102, 30, 40, 41, 42]
+    assert batch.branching() == [1]
+    impl = mock.Mock()
+    key, value = torch.arange(16.0), torch.arange(16.0) + 50
+    batch.written.append(Written(impl=impl, layer="layer", key=key, value=value, kv_cache="cache"))
+    accepted = [
+        Accepted(tokens=(9,), rows=(0,)),
+        Accepted(tokens=(2, 4, 8), rows=(0, 2, 4)),
+        Accepted(tokens=(9,), rows=(0,)),
+        Accepted(tokens=(5, 6, 1), rows=(0, 1, 2)),
+    ]
+    moved, slots = batch.move(accepted, torch.arange(16) + 200)
+    assert moved.tolist() == [9, 11] and slots.tolist() == [208, 209]
+    layer, keys, values, cache, targets = impl.do_kv_cache_update.call_args.args
+    assert (layer, cache) == ("layer", "cache") and targets.tolist() == [208, 209]
+    assert keys.tolist() == [9, 11] and values.tolist() == [59, 61]
+    assert not batch.written
+
+
+def test_the_scheduler_takes_drafts_of_running_requests_only() -> None:
+    scheduler = VersionMixin.__new__(VersionMixin)
+    states = {"a": RequestStatus.RUNNING, "b": RequestStatus.PREEMPTED, "c": RequestStatus.FINISHED_STOPPED}
+    scheduler.requests = {name: SimpleNamespace(status=status, spec_token_ids=[]) for name, status in states.items()}
+    scheduler._take_drafts({"a": [1, 2], "b": [3], "c": [4], "gone": [5]})
+    assert {name: one.spec_token_ids for name, one in scheduler.requests.items()} == {"a": [1, 2], "b": [], "c": []}
