@@ -14,12 +14,13 @@ they share nothing, not even experts. All other ways use the service's shards:
   everything at once (plain); and through vllm. `uniform_ratio` is divided's throughput over plain's: what journal and
   cuts cost; `uniform_over_vllm` over vllm's: what expert parallelism costs as well.
 
-engine.num_shards=1 engine.num_groups=2 gives the service engines that share nothing, as vllm's.
+By default the service's shards share nothing either, so that the makespans differ by scheduling alone;
+engine.num_shards=2 engine.num_groups=1 makes them an expert-parallel pair.
 
 Each figure is the median of the repeats' ratios. All ways must give the same tokens; differences at near ties are
-counted and shown. The parameters of the lengths (p80_share, sigma, rho, …) are those of rollout.simulate.lengths. With
-visits=2 the prompts have been seen once before, as from the second epoch of a training run on. The journals are made
-under TMPDIR, as journal.synchronous says.
+counted and shown. The parameters of the lengths (p80_share, sigma, rho, …) are those of rollout.simulate.lengths. The
+prompts have been seen once before, as from the second epoch of a training run on; visits=1 shows them for the first
+time. The journals are made under TMPDIR, as journal.synchronous says.
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ from rollout.simulate.lengths import LengthModel
 
 LENGTHS = ("p80_share=0.1", "sigma=1.5", "rho=0.8")
 """A heavier tail than a fleet has: with two shards, a slot's work is then about as long as the longest trajectory."""
+ENGINES = ("engine.num_shards=1", "engine.num_groups=2")
 PROMPT_TOKENS = 512  # room for one, at least
 BLOCK_TOKENS = 32
 """Of KV, unless engine.block_size is given: a continuation computes the last, partial block again, and vLLM's default
@@ -137,7 +139,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         model, overrides = split_arguments(LengthModel, [*LENGTHS, *rest])
         if not any(override.startswith("experiment=") for override in overrides):
             overrides = ["experiment=tiny_grpo", *overrides]
-        config = compose(overrides)
+        config = compose([*ENGINES, *overrides])
         config.model.path = model_path(config.model.path)
         start_ray(config)
         try:

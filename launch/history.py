@@ -6,7 +6,7 @@ Owns the record of a step and the file; the picture, the summary and the monitor
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 
@@ -42,6 +42,8 @@ class StepRecord:
             for something more urgent. These and the following are totals since the controller's start.
         num_retries: Chunks lost with their engine and generated again.
         num_tokens_restored, num_regenerated: Tokens that the journal had; trajectories begun anew for being too stale.
+        failures: Totals since the controller's start by reason: trajectories that failed, groups of shards that died.
+        num_group_restarts: Times such a group was started again.
         is_skipped: Nothing was left to train on; the weights stayed as they were.
         trajectories_digest: Of all tokens of the step; equal digests mean equal trajectories.
     """
@@ -93,6 +95,8 @@ class StepRecord:
     num_retries: int = 0
     num_tokens_restored: int = 0
     num_regenerated: int = 0
+    failures: dict[str, int] = field(default_factory=dict)
+    num_group_restarts: int = 0
 
     @property
     def tokens_per_s(self) -> float:

@@ -175,7 +175,7 @@ class Monitor:
 
 
 AREAS = {
-    "rollout/step": ("rollout", "scheduler", "perf", "async", "engine"),
+    "rollout/step": ("rollout", "scheduler", "failures", "perf", "async", "engine"),
     "train/step": ("train", "mismatch_kl", "routing", "sync", "timing_s", "eval"),
 }
 """Step axis of each area of keys."""
@@ -227,6 +227,8 @@ def wandb_row(record: StepRecord) -> dict[str, float]:
         "scheduler/num_retries": record.num_retries,
         "scheduler/num_tokens_restored": record.num_tokens_restored,
         "scheduler/num_regenerated": record.num_regenerated,
+        "scheduler/num_group_restarts": record.num_group_restarts,
+        **{f"failures/{reason}": count for reason, count in record.failures.items()},
         "timing_s/rollout": record.rollout_s,
         "timing_s/train": record.train_s,
         "timing_s/sync": record.sync_s,

@@ -56,7 +56,7 @@ class Options:
     ahead: int = 1
     chunk_tokens: int = 128
     max_tokens: int = 2048
-    visits: int = 1
+    visits: int = 2
     uniform_tokens: int = 256
     repeats: int = 3
     stock: bool = True

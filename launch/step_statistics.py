@@ -92,6 +92,8 @@ def step_record(
         num_retries=stats.num_retries,
         num_tokens_restored=stats.num_tokens_restored,
         num_regenerated=stats.num_regenerated,
+        failures=stats.num_failed | {f"group_{kind}": count for kind, count in stats.num_group_deaths.items()},
+        num_group_restarts=stats.supervision.num_group_restarts,
         trajectories_digest=trajectories_digest(trajectories),
         **_trained(metrics),
     )

@@ -1,7 +1,8 @@
-"""Clover-2 drafts in a worker: feeds the draft model with hidden states and turns its beams into scored trees.
+"""Clover-2 drafts in a worker: feeds `rollout.speculation.clover` with the target's hidden states.
 
-Owns the draft model and its state for each request. The embedding and the output head are the target's own, read
-where the target reads them, so they change with it. What the model computes is `rollout.speculation.clover`'s.
+Owns the draft model, its state for each request, and the states that outlive requests: members of a group find their
+prompt in the engine's prefix cache, and so do later chunks of a trajectory, so its hidden states are not computed
+again. Embedding and output head are the target's own, read where the target reads them, so they change with it.
 """
 
 from __future__ import annotations
@@ -14,16 +15,16 @@ import torch
 
 from actors.vllm_plugin.drafting import DraftLimits, DraftRequest
 from actors.vllm_plugin.hidden_log import HiddenLog
-from kernels.gumbel_sample import gumbel_noise
 from rollout.errors import InvalidRequest
-from rollout.speculation.clover import CloverDraft
+from rollout.speculation.clover import CloverDraft, TargetLayers
 from rollout.speculation.clover_config import load_draft, vocabulary_digest
-from rollout.speculation.clover_state import DraftState
-from rollout.speculation.clover_trees import grow_beams
-from rollout.speculation.growth import ScoredTree, best_tree
+from rollout.speculation.clover_state import DraftState, StateStore
+from rollout.speculation.clover_trees import CloverProposer, DraftSampling
+from rollout.speculation.growth import ScoredTree
 from rollout.speculation_config import SpeculationConfig
 
 HIDDEN_BYTES = 64 * 2**20  # of hidden states kept for a draft model that is off
+STATE_BYTES = 64 * 2**20  # of states of prompts and of requests that ended
 
 
 class CloverDrafter:
@@ -49,24 +50,33 @@ class CloverDrafter:
             hidden_size=target.get_hidden_size(),
             vocabulary=vocabulary_digest(target.model),
         )
-        self._embedding, self._head = _table(model, "embed_tokens"), _table(model, "lm_head")
-        if len(self._embedding) < draft_config.vocab_size or len(self._head) < draft_config.vocab_size:
-            raise InvalidRequest("target's vocabulary on this rank", len(self._head), f"all {draft_config.vocab_size}")
-        self._embedding = self._embedding[: draft_config.vocab_size]
-        self._head = self._head[: draft_config.vocab_size]
-        self.draft = CloverDraft(draft_config).to(self._head.device, self._head.dtype)
-        self.draft.load({name: tensor.to(self._head.dtype) for name, tensor in tensors.items()})
-        self.draft.requires_grad_(False).eval()
+        embedding = _table(model, "embed_tokens", draft_config.vocab_size)
+        head = _table(model, "lm_head", draft_config.vocab_size)
+        self._dtype, self._device = head.dtype, head.device
+        self.draft = CloverDraft(draft_config).to(head.device, head.dtype)
+        self.draft.load({name: tensor.to(head.dtype) for name, tensor in tensors.items()})
+        self.draft.requires_grad_(False)
+        self._layers = TargetLayers.of(embedding, head)
+        self._proposer = CloverProposer(self.draft, self._layers)
         self._states: dict[str, DraftState] = {}
         self._log = HiddenLog(HIDDEN_BYTES)
+        self._store = StateStore(STATE_BYTES)
 
     @torch.inference_mode()
     def propose(self, requests: Sequence[DraftRequest], limits: DraftLimits) -> list[ScoredTree]:
-        able = [(request, state) for request in requests if (state := self._catch_up(request)) is not None]
-        trees = dict.fromkeys((request.request_id for request in requests), ScoredTree.empty())
-        if able:
-            trees |= self._grow([request for request, _ in able], [state for _, state in able], limits)
-        return [trees[request.request_id] for request in requests]
+        self._catch_up(requests)
+        able = [request for request in requests if self._is_ready(request)]
+        if not able:
+            return [ScoredTree.empty()] * len(requests)
+        trees = self._proposer.propose(
+            [self._states[request.request_id] for request in able],
+            self._sampling(able),
+            [request.budget for request in able],
+            max_width=limits.max_width,
+            max_depth=min(limits.max_depth, max(request.max_depth for request in able)),
+        )
+        found = {request.request_id: tree for request, tree in zip(able, trees, strict=True)}
+        return [found.get(request.request_id, ScoredTree.empty()) for request in requests]
 
     def take_hidden(
         self, request_ids: Sequence[str], counts: np.ndarray, first: np.ndarray, rows: torch.Tensor
@@ -76,62 +86,61 @@ class CloverDrafter:
     def learn(self, request: DraftRequest) -> None:
         """Nothing: hidden states are kept until they are needed."""
 
-    def forget(self, request_id: str) -> None:
-        self._states.pop(request_id, None)
+    def end(self, request: DraftRequest) -> None:
+        """Keep the state for the next chunk of the trajectory."""
+        state = self._states.pop(request.request_id, None)
+        if state is not None and state.length:
+            self._store.keep(request.token_ids, state)
 
-    def _catch_up(self, request: DraftRequest) -> DraftState | None:
-        """The request's state with all of its tokens; None if the target's last state is not here."""
-        stop = len(request.token_ids) - 1  # position of the root; the hidden state before it emitted it
+    def _is_ready(self, request: DraftRequest) -> bool:
         state = self._states.get(request.request_id)
-        if state is not None and state.position == stop:
-            return state
-        start = 0 if state is None or state.position > stop else state.position
-        begin, hidden = self._log.since(request.request_id, start, stop)
-        if hidden is None:
-            return None
-        if state is None or begin != state.position:
-            state = self._states[request.request_id] = DraftState.at(begin)
-        tokens = torch.from_numpy(request.token_ids[begin + 1 : stop + 1].astype(np.int64)).to(hidden.device)
-        self.draft.extend([state], [len(tokens)], tokens, hidden.to(self._head.dtype), self._embedding)
-        return state
+        return state is not None and state.root is not None and state.position == len(request.token_ids) - 1
 
-    def _grow(
-        self, requests: Sequence[DraftRequest], states: Sequence[DraftState], limits: DraftLimits
-    ) -> dict[str, ScoredTree]:
-        depth = min(limits.max_depth, max(request.max_depth for request in requests))
-        device = self._head.device
-        first = torch.tensor([len(request.token_ids) for request in requests], device=device)
-        seeds = torch.tensor([request.seed for request in requests], device=device)
-        positions = first[:, None] + torch.arange(depth, device=device)
-        noise = gumbel_noise(seeds.repeat_interleave(depth), positions.flatten(), len(self._head))
-        beams = grow_beams(
-            self.draft,
-            torch.stack([state.root for state in states if state.root is not None]),
-            noise.view(len(requests), depth, -1),
-            torch.tensor([request.temperature for request in requests], device=device),
-            embedding=self._embedding,
-            head=self._head,
-            max_width=limits.max_width,
+    def _catch_up(self, requests: Sequence[DraftRequest]) -> None:
+        """Bring the states of the requests to their last tokens, as far as the target's hidden states are here."""
+        states, counts, tokens, rows = [], [], [], []
+        for request in requests:
+            stop = len(request.token_ids) - 1  # of the root; the state before it emitted it
+            state = self._states.get(request.request_id)
+            if state is not None and state.position >= stop:
+                if state.position > stop:  # preempted, and what was sampled at a change of weights dropped
+                    del self._states[request.request_id]
+                continue
+            begin, hidden = self._log.since(request.request_id, 0 if state is None else state.position, stop)
+            if hidden is None:
+                continue
+            if state is None or state.position != begin:
+                state = self._states[request.request_id] = self._store.start(request.token_ids, begin)
+            states.append(state)
+            counts.append(len(hidden))
+            tokens.append(request.token_ids[begin + 1 : stop + 1])
+            rows.append(hidden)
+        if states:
+            new = torch.from_numpy(np.concatenate(tokens).astype(np.int64)).to(self._device)
+            self._proposer.extend(states, counts, new, torch.cat(rows).to(self._dtype))
+
+    def _sampling(self, requests: Sequence[DraftRequest]) -> DraftSampling:
+        """How these requests draw."""
+
+        def column(values: list[Any], dtype: torch.dtype) -> torch.Tensor:
+            return torch.tensor(values, dtype=dtype, device=self._device)
+
+        has_k = any(request.top_k for request in requests)
+        has_p = any(request.top_p < 1 for request in requests)
+        return DraftSampling(
+            seeds=column([request.seed for request in requests], torch.int64),
+            temperature=column([request.temperature for request in requests], torch.float32),
+            top_k=column([request.top_k or 0 for request in requests], torch.int64) if has_k else None,
+            top_p=column([request.top_p for request in requests], torch.float32) if has_p else None,
         )
-        rows = zip(requests, beams.tokens.tolist(), beams.parents.tolist(), beams.scores.tolist(), strict=True)
-        return {
-            request.request_id: best_tree(
-                tokens,
-                parents,
-                scores,
-                max_width=limits.max_width,
-                budget=request.budget,
-                source=limits.source,
-            )
-            for request, tokens, parents, scores in rows
-        }
 
 
-def _table(model: Any, name: str) -> torch.Tensor:
-    """The weight [rows, H] of the target's embedding or output head."""
+def _table(model: Any, name: str, num_rows: int) -> torch.Tensor:
+    """The weight [num_rows, H] of the target's embedding or output head."""
     layer = getattr(model, name, None) or getattr(getattr(model, "model", None), name, None)
     weight = getattr(layer, "weight", None)
-    if weight is None or not weight.is_floating_point():
-        raise InvalidRequest(f"target's {name}", type(layer).__name__, "one in the activation dtype, to draft with")
-    found: torch.Tensor = weight
+    if weight is None or not weight.is_floating_point() or len(weight) < num_rows:
+        got = type(layer).__name__ if weight is None else f"{weight.dtype} of shape {tuple(weight.shape)}"
+        raise InvalidRequest(f"target's {name}", got, f"{num_rows} rows in the activation dtype, to draft with")
+    found: torch.Tensor = weight.detach()[:num_rows]
     return found

@@ -66,7 +66,7 @@ class StatelessDrafter:
 
     def propose(self, requests: Sequence[DraftRequest], limits: DraftLimits) -> list[ScoredTree]:
         """One tree for each request."""
-        return [self._scored(self.tree(request, limits), limits) for request in requests]
+        return [self._scored(self.tree(request, limits)) for request in requests]
 
     def tree(self, request: DraftRequest, limits: DraftLimits) -> TokenTree:
         """The tree of one request."""
@@ -80,18 +80,17 @@ class StatelessDrafter:
     def learn(self, request: DraftRequest) -> None:
         """Nothing."""
 
-    def forget(self, request_id: str) -> None:
+    def end(self, request: DraftRequest) -> None:
         """Nothing."""
 
-    def _scored(self, tree: TokenTree, limits: DraftLimits) -> ScoredTree:
+    def _scored(self, tree: TokenTree) -> ScoredTree:
         """Any token is as likely as any other."""
         scores = -math.log(self._vocab_size) * tree.depths[1:].astype(np.float64)
         order = np.argsort(tree.depths[1:], kind="stable")  # best first
         row: np.ndarray = np.zeros(tree.num_rows, dtype=np.int32)
         row[order + 1] = np.arange(1, tree.num_rows)
         ordered = TokenTree(tokens=tree.tokens[order], parents=row[tree.parents[order]])
-        sources: np.ndarray = np.full(tree.num_nodes, limits.source, dtype=np.int32)
-        return ScoredTree(tree=ordered, scores=scores[order], sources=sources)
+        return ScoredTree(tree=ordered, scores=scores[order], sources=np.ones(tree.num_nodes, dtype=np.int32))
 
 
 class RandomDrafter(StatelessDrafter):

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -63,12 +63,10 @@ class DraftLimits:
 
     Attributes:
         max_width, max_depth: Nodes of a layer, and layers.
-        source: Bit that marks the drafter's nodes.
     """
 
     max_width: int
     max_depth: int
-    source: int
 
 
 class Drafter(Protocol):
@@ -98,11 +96,11 @@ class Drafter(Protocol):
         ...
 
     def learn(self, request: DraftRequest) -> None:
-        """What a request has said so far, now and then while it is not drafted for, and at its end."""
+        """What a request has said so far, now and then while it is not drafted for."""
         ...
 
-    def forget(self, request_id: str) -> None:
-        """The request has ended."""
+    def end(self, request: DraftRequest) -> None:
+        """All that a request has said: it has ended."""
         ...
 
 
@@ -202,14 +200,13 @@ class DraftDesk:
         """A request's tree will not be verified."""
         self._pending.pop(request_id, None)
 
-    def forget(self, request_ids: Iterable[str]) -> None:
-        """Requests have ended."""
-        for request_id in request_ids:
-            self._pending.pop(request_id, None)
-            for drafter in self._drafters.values():
-                drafter.forget(request_id)
-            if self._governor is not None:
-                self._governor.requests.forget(request_id)
+    def end(self, request: DraftRequest) -> None:
+        """A request has ended."""
+        self._pending.pop(request.request_id, None)
+        for drafter in self._drafters.values():
+            drafter.end(request)
+        if self._governor is not None:
+            self._governor.requests.forget(request.request_id)
 
     def verified(self, step: Verified) -> None:
         """Tell the governor what became of a step, and of the trees in it."""
@@ -287,8 +284,9 @@ class DraftDesk:
         offers: list[Sequence[ScoredTree]] = []
         for source in choice.sources:
             began = self._clock()
-            limits = DraftLimits(max_width=choice.max_width, max_depth=choice.max_depth, source=self._bits[source])
-            offers.append(self._drafters[source].propose(requests, limits))
+            limits = DraftLimits(max_width=choice.max_width, max_depth=choice.max_depth)
+            bit = self._bits[source]
+            offers.append([_marked(tree, bit) for tree in self._drafters[source].propose(requests, limits)])
             self._draft_s[source] = self._clock() - began
         trees = {}
         for request, *offered in zip(requests, *offers, strict=True):
@@ -330,3 +328,8 @@ class DraftDesk:
     def _name(self, bits: int) -> str:
         """The source that a node counts for: the first of those that proposed it."""
         return self._sources[(bits & -bits).bit_length() - 1]
+
+
+def _marked(scored: ScoredTree, bit: int) -> ScoredTree:
+    """The same tree as its drafter's: none of them knows what bit it has here."""
+    return scored if bit == 1 else replace(scored, sources=np.full_like(scored.sources, bit))

@@ -36,7 +36,6 @@ class SiblingDrafter:
     def __init__(self, config: SpeculationConfig, vllm_config: Any, model: Any) -> None:
         self._index = SiblingIndex(config.sibling_tokens)
         self._known: dict[str, int] = {}  # request → tokens of it that were taken in
-        self._keys: dict[str, tuple[str, str]] = {}  # request → group and member
         self._waiting: deque[SiblingTokens] = deque()
         self._lock = threading.Lock()
 
@@ -52,15 +51,15 @@ class SiblingDrafter:
     ) -> None:
         """Nothing."""
 
-    def forget(self, request_id: str) -> None:
-        """The request has ended; what it said stays."""
-        self._known.pop(request_id, None)
-        self._keys.pop(request_id, None)
-
     def learn(self, request: DraftRequest) -> None:
         """Take in what a request has said, without drafting for it."""
         with self._lock:
             self._take_in(request)
+
+    def end(self, request: DraftRequest) -> None:
+        """Take in the rest; what was said stays."""
+        self.learn(request)
+        self._known.pop(request.request_id, None)
 
     def delta(self, receiver: str) -> tuple[SiblingTokens, ...]:
         """What has been generated here since this receiver last asked. From any thread."""
@@ -104,5 +103,4 @@ class SiblingDrafter:
             max_width=limits.max_width,
             max_depth=min(limits.max_depth, request.max_depth),
             budget=request.budget,
-            source=limits.source,
         )

@@ -67,8 +67,7 @@ class TreeRunnerMixin:
             for request_id in scheduler_output.finished_req_ids:
                 if (state := requests.get(request_id)) is not None:
                     tokens = np.array([*state.prompt_token_ids, *state.output_token_ids], dtype=np.int32)
-                    desk.learn(draft_request(request_id, state, tokens, max_depth=1, budget=1))
-            desk.forget(scheduler_output.finished_req_ids)
+                    desk.end(draft_request(request_id, state, tokens, max_depth=1, budget=1))
         return super()._update_states(scheduler_output)  # type: ignore[misc]
 
     def _prepare_inputs(self, scheduler_output: Any, num_scheduled_tokens: np.ndarray) -> Any:

@@ -9,6 +9,9 @@ cache, where a last bit becomes a whole code. Over a float cache nothing is prom
 a step are some engine's own attention.
 """
 
+import functools
+from dataclasses import dataclass
+
 import torch
 
 from kernels.kv_attention.cache import KVCache
@@ -106,41 +109,60 @@ def _attend_batch(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return what ``_attend_group`` accumulates, for the tiles of a batch and their chunks of one superchunk."""
     query = tiled if len(batch.tiles) == len(tiled) else tiled.index_select(0, batch.tiles)
-    tails = batch.tails
-    if not len(batch.owner):
-        assert tails is not None, "a batch without pairs"
-    shared_scores = tail_scores = maximum = None
+    scored = []
     if len(batch.owner):
-        shared_scores = _scores(query.index_select(0, batch.owner), batch.blocks, cache)
-        maximum = _largest(shared_scores, batch.counts)
-    if tails is not None:
-        tail_scores = _scores(query if tails.is_one_each else query.index_select(0, tails.owner), tails.blocks, cache)
-        tail_scores.unflatten(2, (height, -1)).masked_fill_(tails.is_hidden, -torch.inf)
-        largest = tail_scores.amax(-1) if tails.is_one_each else _largest(tail_scores, tails.counts)
-        maximum = largest if maximum is None else torch.maximum(maximum, largest)
+        scores = _scores(query.index_select(0, batch.owner), batch.blocks, cache)
+        scored.append(_Scored(scores=scores, owner=batch.owner, counts=batch.counts, blocks=batch.blocks, tails=None))
+    if (tails := batch.tails) is not None:
+        owner = None if tails.is_one_each else tails.owner
+        scores = _scores(_spread(query, owner), tails.blocks, cache)
+        scores.unflatten(2, (height, -1)).masked_fill_(tails.is_hidden, -torch.inf)
+        scored.append(_Scored(scores=scores, owner=owner, counts=tails.counts, blocks=tails.blocks, tails=tails))
+    maximum = functools.reduce(torch.maximum, map(_largest, scored))
     # A row that sees nothing of this superchunk would otherwise take -inf - -inf.
     shift = (maximum if batch.is_first else maximum.masked_fill(maximum == -torch.inf, 0.0)).unsqueeze(-1)
     part, total = torch.zeros_like(query), torch.zeros_like(maximum)
-    if shared_scores is not None:
-        shared_scores.sub_(shift.index_select(0, batch.owner)).exp_()
-        total.index_add_(0, batch.owner, shared_scores.sum(-1))
-        part.index_add_(0, batch.owner, _weighted_values(shared_scores, batch.blocks, None, cache))
-    if tail_scores is not None:
-        tail_scores.sub_(shift if tails.is_one_each else shift.index_select(0, tails.owner)).exp_()
-        tail_total = _sum_by_position(tail_scores, tails, height, plan.chunk_tokens)
-        tail_part = _weighted_values(tail_scores, tails.blocks, tails.is_unused, cache)
-        if tails.is_one_each:
-            total.add_(tail_total)
-            part.add_(tail_part)
+    for pairs in scored:
+        weights = pairs.scores.sub_(_spread(shift, pairs.owner)).exp_()
+        if pairs.tails is None:
+            sums, is_unused = weights.sum(-1), None
         else:
-            total.index_add_(0, tails.owner, tail_total)
-            part.index_add_(0, tails.owner, tail_part)
+            sums, is_unused = _sum_by_position(weights, pairs.tails, height, plan.chunk_tokens), pairs.tails.is_unused
+        values = _weighted_values(weights, pairs.blocks, is_unused, cache)
+        for target, source in ((total, sums), (part, values)):
+            target.add_(source) if pairs.owner is None else target.index_add_(0, pairs.owner, source)
     return part, total, maximum
 
 
-def _largest(scores: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-    """Return the largest score [u, Hkv, R] of each tile's pairs, whose counts may be 0."""
-    return torch.segment_reduce(scores.amax(-1), "max", lengths=counts, axis=0, unsafe=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Scored:
+    """Pairs of one kind and their scores.
+
+    Attributes:
+        scores: [N, Hkv, R, W], -inf where hidden.
+        owner: [N] int64 tile of each; None: each tile has one, in order.
+        counts: [u] int64 pairs of each tile.
+        blocks: [N * P] int64.
+        tails: Where they are tail pairs.
+    """
+
+    scores: torch.Tensor
+    owner: torch.Tensor | None
+    counts: torch.Tensor
+    blocks: torch.Tensor
+    tails: TailPairs | None
+
+
+def _spread(by_tile: torch.Tensor, owner: torch.Tensor | None) -> torch.Tensor:
+    return by_tile if owner is None else by_tile.index_select(0, owner)
+
+
+def _largest(pairs: _Scored) -> torch.Tensor:
+    """Return the largest score [u, Hkv, R] of each tile's pairs; -inf where it has none."""
+    largest = pairs.scores.amax(-1)
+    if pairs.owner is None:
+        return largest
+    return torch.segment_reduce(largest, "max", lengths=pairs.counts, axis=0, unsafe=True)
 
 
 def _sum_by_position(weights: torch.Tensor, tails: TailPairs, height: int, chunk_tokens: int) -> torch.Tensor:

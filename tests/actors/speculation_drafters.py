@@ -73,8 +73,8 @@ class StubDrafter(StatelessDrafter):
         self._trees, self._scores = trees, scores
 
     def propose(self, requests, limits) -> list[ScoredTree]:
-        return [self._scored_as(tree, limits) for _, tree in zip(requests, self._trees, strict=False)]
+        return [self._scored_as(tree) for _, tree in zip(requests, self._trees, strict=False)]
 
-    def _scored_as(self, tree: TokenTree, limits: DraftLimits) -> ScoredTree:
+    def _scored_as(self, tree: TokenTree) -> ScoredTree:
         scores = np.zeros(tree.num_nodes) if self._scores is None else np.array(self._scores)
-        return ScoredTree(tree=tree, scores=scores, sources=np.full(tree.num_nodes, limits.source, dtype=np.int32))
+        return ScoredTree(tree=tree, scores=scores, sources=np.ones(tree.num_nodes, dtype=np.int32))

@@ -47,7 +47,7 @@ def request(name: str = "a", tokens=(1, 2, 3, 4), budget: int = 6, max_depth: in
     )
 
 
-LIMITS = DraftLimits(max_width=4, max_depth=5, source=1)
+LIMITS = DraftLimits(max_width=4, max_depth=5)
 
 
 @pytest.mark.parametrize(
@@ -185,10 +185,10 @@ def test_drafters_that_are_wrong_keep_the_limits(drafter: type) -> None:
     for turn in range(200):
         budget, depth = 1 + turn % 9, 1 + turn % 4
         asked = request(tokens=np.arange(turn % 7 + 1), budget=budget, max_depth=depth)
-        limits = DraftLimits(max_width=1 + turn % 4, max_depth=5, source=2)
+        limits = DraftLimits(max_width=1 + turn % 4, max_depth=5)
         (scored,) = one.propose([asked], limits)
         scored.tree.check(max_width=limits.max_width, budget=budget, vocab_size=VOCAB)
-        assert scored.tree.depth <= depth and (scored.sources == 2).all() and (np.diff(scored.scores) <= 0).all()
+        assert scored.tree.depth <= depth and (np.diff(scored.scores) <= 0).all()
         sizes.add(scored.num_nodes)
     assert max(sizes) >= 4
 

@@ -106,7 +106,7 @@ def test_visits_of_a_prompt_resemble_each_other_and_are_groups_of_their_own() ->
 
 
 def test_loads_share_neither_prompts_nor_seeds() -> None:
-    options = Options(groups=4, n=2, repeats=3)
+    options = Options(groups=4, n=2, repeats=3, visits=1)
     loads = make_loads(compose(["experiment=tiny_grpo"]), options, LengthModel())
     every = [loads.warm_up, *loads.heavy, *loads.uniform]
     ids = [group_id for load in every for group_id in load.request.group_ids]
