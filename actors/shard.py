@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import time
 from dataclasses import replace
 from typing import Any
@@ -20,6 +19,7 @@ from actors import routing_store
 from actors.engine_args import engine_args
 from actors.ports import free_port
 from actors.process import place_of_this_process
+from actors.shard_environment import prepare_environment
 from actors.siblings import SiblingExchange, kinship
 from actors.vllm_plugin import SEED_KEY
 from actors.vllm_plugin.control import ControlLine
@@ -78,7 +78,7 @@ class Shard:
         Raises:
             EngineDead: With vLLM's reason.
         """
-        self._set_environment()
+        prepare_environment(self._rank, self._engine_config.omp_threads_bind, on_gpu=self._on_gpu)
         from vllm.v1.engine.async_llm import AsyncLLM
 
         from actors.shard_stats import LastStats
@@ -116,25 +116,6 @@ class Shard:
             block_tokens=config.cache_config.block_size,
             place=place_of_this_process(),
         )
-
-    def _set_environment(self) -> None:
-        os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # keyed sampling is built on the V1 runner
-        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-        if self._on_gpu:
-            return
-        cores = sorted(os.sched_getaffinity(0))
-        default = str(cores[self._rank % len(cores)])
-        binds = (self._engine_config.omp_threads_bind or "").split("|")
-        bind = binds[self._rank] if len(binds) > self._rank and binds[0] else default
-        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = bind
-        from vllm.utils.cpu_resource_utils import parse_id_list
-
-        # What vLLM sets for a worker process, here for an engine with its worker in it (see vllm_plugin.platform).
-        chosen = parse_id_list(bind)
-        os.environ["OMP_NUM_THREADS"] = str(len(chosen))
-        os.environ["OMP_PLACES"] = "{" + ",".join(map(str, chosen)) + "}"
-        os.environ["OMP_PROC_BIND"] = "true"
 
     async def generate(self, chunk: Chunk) -> ChunkResult:
         """Run a chunk to its end.
