@@ -183,14 +183,7 @@ def plan_tree_attention(
     chunk_tokens = num_blocks_per_chunk * cache.block_size
     smallest = math.ceil(MIN_MATRIX_ROWS * cache.num_kv_heads / num_query_heads)
     groups = []
-    shorter = 0
-    for limit in _TILE_HEIGHTS:
-        is_last = limit == _TILE_HEIGHTS[-1]
-        requests = ((trees.counts > shorter) & ((trees.counts <= limit) | is_last)).nonzero().squeeze(1)
-        shorter = limit
-        if not len(requests):
-            continue
-        height = max(smallest, min(limit, int(trees.counts[requests].max())))
+    for requests, height in _by_height(trees.counts.tolist(), smallest):
         tiles, is_row = _cut(trees, seq_lens.long(), requests, height, chunk_tokens)
         num_elements = chunk_tokens * max(cache.num_kv_heads * cache.head_dim, num_query_heads * height)
         max_pairs = min(MAX_PAIRS, max(SUPERCHUNK, MAX_ELEMENTS // num_elements))
@@ -217,6 +210,17 @@ def plan_tree_attention(
         num_kv_heads=cache.num_kv_heads,
         head_dim=cache.head_dim,
     )
+
+
+def _by_height(counts: list[int], smallest: int) -> Iterator[tuple[torch.Tensor, int]]:
+    """Divide the requests by their rows; yield those [b] computed together and the height of their tiles."""
+    shorter = 0
+    for limit in _TILE_HEIGHTS:
+        longest = limit if limit < _TILE_HEIGHTS[-1] else max(counts, default=0)
+        members = [i for i, count in enumerate(counts) if shorter < count <= longest]
+        if members:
+            yield torch.tensor(members), max(smallest, min(limit, max(counts[i] for i in members)))
+        shorter = limit
 
 
 def _cut(

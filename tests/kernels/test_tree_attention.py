@@ -69,7 +69,10 @@ def poisoned_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
 @st.composite
 def parent_lists(draw: st.DrawFn, max_rows: int = 20) -> list[int]:
     """A tree of at least its root; shrinks to a star."""
-    return [0, *(draw(st.integers(0, row)) for row in range(draw(st.integers(0, max_rows - 1))))]
+    parents = [0]
+    for row in range(draw(st.integers(0, max_rows - 1))):
+        parents.append(draw(st.integers(0, row)))
+    return parents
 
 
 def decode_path(case: Case, request: int, row: int, query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
