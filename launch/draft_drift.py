@@ -36,7 +36,7 @@ from rollout.seeds import trajectory_seed
 from rollout.speculation.clover import CloverDraft
 from rollout.speculation.clover_config import load_draft
 from rollout.speculation.clover_samples import DraftSample
-from rollout.speculation.clover_simulation import simulate_draft
+from rollout.speculation.clover_simulation import TreeShape, simulate_draft
 from rollout.speculation.clover_training import DraftTrainer, DraftTrainingConfig
 from rollout.speculation.tree import MAX_WIDTH
 from rollout.types import Prompt
@@ -234,16 +234,9 @@ def _measure(
         say=lambda _: None,
     )
     kept = [s for s in samples if len(s.token_ids) > s.num_prompt_tokens + 1]
+    shape = TreeShape(max_width=options.width, depth=options.depth, budget=options.width * options.depth)
     followed_steps, frozen_steps = (
-        simulate_draft(
-            draft,
-            kept,
-            target=target.layers,
-            temperature=config.sampling.temperature,
-            max_width=options.width,
-            depth=options.depth,
-            budget=options.width * options.depth,
-        ).tokens_per_step
+        simulate_draft(draft, kept, [shape], target=target.layers, temperature=config.sampling.temperature)[0]
         for draft in (followed, frozen)
     )
     num_tokens = sum(len(s.token_ids) - s.num_prompt_tokens for s in samples)
@@ -251,8 +244,8 @@ def _measure(
         update=update,
         reward=reward,
         mean_tokens=num_tokens / len(samples),
-        followed=followed_steps,
-        frozen=frozen_steps,
+        followed=followed_steps.tokens_per_step,
+        frozen=frozen_steps.tokens_per_step,
     )
 
 

@@ -6,14 +6,14 @@ Owns which trees are tried. Knows nothing of training.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from rich.table import Table
 
 from rollout.speculation.clover import CloverDraft, TargetLayers
 from rollout.speculation.clover_samples import DraftSample
-from rollout.speculation.clover_simulation import Acceptance, simulate_draft, simulate_look_up
+from rollout.speculation.clover_simulation import Acceptance, TreeShape, simulate_draft, simulate_look_up
 
 NGRAMS = ((5, 5), (2, 4), (1, 4))
 """Shortest and longest match of prompt look-up: vLLM's default, and looser ones that find more."""
@@ -41,24 +41,15 @@ def measure(
         temperature: They were sampled at.
         width: Of the tree.
         depth: Of all.
-        budgets: Nodes of the tree, one line each; the first line's tree is unbounded but for width and depth.
+        budgets: Nodes of further trees, one line each; the first line's is bounded by width and depth only.
     """
-    tries = {TREE.format(width=width): (width, width * depth, True), CHAIN: (1, depth, True)}
-    tries |= {f"{TREE.format(width=width)}, {budget} nodes": (width, budget, True) for budget in budgets}
-    tries[UNKEYED.format(width=width)] = (width, width * depth, False)
-    lines = {
-        name: simulate_draft(
-            draft,
-            samples,
-            target=target,
-            temperature=temperature,
-            max_width=max_width,
-            depth=depth,
-            budget=budget,
-            is_coupled=is_coupled,
-        )
-        for name, (max_width, budget, is_coupled) in tries.items()
-    }
+    whole = TreeShape(max_width=width, depth=depth, budget=width * depth)
+    tree = TREE.format(width=width)
+    shapes = {tree: whole, CHAIN: TreeShape(max_width=1, depth=depth, budget=depth)}
+    shapes |= {f"{tree}, {budget} nodes": replace(whole, budget=budget) for budget in budgets}
+    shapes[UNKEYED.format(width=width)] = replace(whole, is_keyed=False)
+    done = simulate_draft(draft, samples, list(shapes.values()), target=target, temperature=temperature)
+    lines = dict(zip(shapes, done, strict=True))
     for least, most in NGRAMS:
         name = f"prompt look-up, {least} to {most} tokens"
         lines[name] = simulate_look_up(samples, min_ngram=least, max_ngram=most, depth=depth)

@@ -63,12 +63,12 @@ class HiddenLog:
             if place is None:
                 continue
             row, count, first = place
-            # A request that was preempted computes its positions anew: the newest are those that count.
-            end = min(first + count, begin)
-            if end < begin or end <= first:
+            if first >= begin:  # computed anew since, as those of a request that was preempted
+                continue
+            if first + count < begin:
                 break
             start = max(first, position)
-            parts.append(entry.rows[row + start - first : row + end - first])
+            parts.append(entry.rows[row + start - first : row + begin - first])
             begin = start
             if begin <= position:
                 break

@@ -1,8 +1,9 @@
 """Attention of token trees inside CPU engines: a row sees the prefix and its own path, nothing of its siblings.
 
 Two back ends, chosen by the platform for engines that speculate: vLLM's own CPU attention, and the INT8 one of
-attention.py. Rows of branching trees go to `kernels.tree_attention`; rows without a tree, and those of chains, which
-see what rows of a prefill see, go through the kernels they always went through. Knows nothing of drafts.
+attention.py. Rows of branching trees go to tree_rows.py and to `kernels.tree_attention`; rows without a tree, and those
+of chains, which see what rows of a prefill see, go through the kernels they always went through. Knows nothing of
+drafts.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ from vllm.v1.attention.backends.cpu_attn import (
 )
 
 from actors.vllm_plugin.attention import Int8KvBackend, Int8KvImpl, Int8KvMetadataBuilder
+from actors.vllm_plugin.tree_rows import TreeGroup, attend_trees, plan_trees
 from actors.vllm_plugin.trees import TreeBatch, Written
 from kernels import tree_attention as kernels
-from kernels.tree_attention import PlainCache, StepPlan, plain_cache_from_pages
-from kernels.tree_attention.dense import DensePlan, dense_tree_attention_cpu, plan_dense
+from kernels.tree_attention import StepPlan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +41,7 @@ class TreeMetadata:
     batch: TreeBatch
     plain: Any
     plain_rows: torch.Tensor | None
-    trees: DensePlan | StepPlan | None
+    trees: list[TreeGroup] | StepPlan | None
 
 
 def kernel_batch(batch: TreeBatch, places: np.ndarray) -> kernels.TreeBatch:
@@ -142,52 +143,43 @@ class TreeCpuMetadataBuilder(TreeBuilderMixin, CPUAttentionMetadataBuilder):
             raise ValueError(f"speculation on CPU: got attention kernels of kind {self.isa}, expected vec or amx")
 
     def build_trees(self, batch: TreeBatch, places: np.ndarray, common: CommonAttentionMetadata) -> TreeMetadata:
-        is_tree = torch.zeros(len(batch.trees), dtype=torch.bool)
-        is_tree[torch.from_numpy(places)] = True
-        counts = torch.from_numpy(np.diff(batch.starts))
-        by_row = is_tree.repeat_interleave(counts)
         spec = self.kv_cache_spec
-        like = torch.empty(1, spec.num_kv_heads, 2 * spec.block_size, spec.head_size, dtype=self.dtype)
-        plan = plan_dense(
-            trees=kernel_batch(batch, places),
-            block_table=common.block_table_tensor[is_tree],
-            seq_lens=common.seq_lens[is_tree],
-            num_query_heads=self.num_heads,
-            cache=plain_cache_from_pages(like, is_key_transposed=True),
-            rows=by_row.nonzero().squeeze(1),
+        trees = plan_trees(
+            batch,
+            places,
+            common.block_table_tensor.numpy(),
+            num_kv_heads=spec.num_kv_heads,
+            block_size=spec.block_size,
+            head_dim=spec.head_size,
         )
-        if bool(is_tree.all()):
-            return TreeMetadata(batch=batch, plain=None, plain_rows=None, trees=plan)
-        rows = (~by_row).nonzero().squeeze(1)
-        counts = counts[~is_tree]
-        starts = torch.nn.functional.pad(counts.cumsum(0), (1, 0)).to(torch.int32)
+        is_plain: np.ndarray = np.ones(len(batch.trees), dtype=bool)
+        is_plain[places] = False
+        if not is_plain.any():
+            return TreeMetadata(batch=batch, plain=None, plain_rows=None, trees=trees)
+        lengths = np.diff(batch.starts)
+        rows = torch.from_numpy(np.repeat(is_plain, lengths).nonzero()[0])
+        chosen, counts = torch.from_numpy(is_plain), lengths[is_plain]
+        starts = torch.from_numpy(np.concatenate([[0], counts.cumsum()]).astype(np.int32))
         others = replace(
             common,
             query_start_loc=starts,
             query_start_loc_cpu=starts,
-            seq_lens=common.seq_lens[~is_tree],
+            seq_lens=common.seq_lens[chosen],
             num_reqs=len(counts),
             num_actual_tokens=len(rows),
             max_query_len=int(counts.max()),
-            block_table_tensor=common.block_table_tensor[~is_tree],
+            block_table_tensor=common.block_table_tensor[chosen],
             slot_mapping=common.slot_mapping[rows],
         )
         plain = CPUAttentionMetadataBuilder.build(self, 0, others)
-        return TreeMetadata(batch=batch, plain=plain, plain_rows=rows, trees=plan)
+        return TreeMetadata(batch=batch, plain=plain, plain_rows=rows, trees=trees)
 
 
 class TreeCpuImpl(TreeImplMixin, CPUAttentionBackendImpl):
     """vLLM's, and trees over its cache."""
 
-    _viewed: torch.Tensor | None = None
-    _view: PlainCache | None = None
-
     def attend_trees(self, query: torch.Tensor, kv_cache: torch.Tensor, plan: Any, output: torch.Tensor) -> None:
-        if self._view is None or self._viewed is not kv_cache:
-            num_blocks, num_heads, block_size, width = kv_cache.shape
-            pages = kv_cache.view(num_blocks, num_heads, 2 * block_size, width // 2)
-            self._view, self._viewed = plain_cache_from_pages(pages, is_key_transposed=True), kv_cache
-        dense_tree_attention_cpu(query, self._view, plan=plan, scale=self.scale, output=output)
+        attend_trees(query, kv_cache, plan, self.scale, output)
 
 
 class TreeInt8Backend(Int8KvBackend):

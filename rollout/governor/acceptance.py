@@ -65,8 +65,8 @@ class Acceptance:
         self._trials = np.zeros((max_depth, MAX_WIDTH))
         self._hits = np.zeros((max_depth, MAX_WIDTH))
         self._asked = self._offered = 0.0
-        # By budget: nodes that requests could get, nodes they got, tokens accepted, tokens expected.
-        self._sizes = np.zeros((len(self._budgets), 4))
+        self._drafted = np.zeros((max_depth, len(self._budgets)))  # requests, by limits of their trees
+        self._brought = np.zeros((2, len(self._budgets)))  # nodes that they got, tokens accepted
         self._fresh = 0.0  # trials that the estimate does not know of
         self._estimate = self._work_out()
 
@@ -107,43 +107,41 @@ class Acceptance:
         if not tally.asked:
             return
         layer = min(max_depth, self._max_depth) - 1
-        # Against what the averages alone would say, as of the latest estimate.
-        expected = tally.asked * self._plain[layer][budget_index]
-        possible = tally.asked * self._possible[layer][budget_index]
-        decay = math.exp(-tally.asked / self._memory)
-        self._trials *= decay
+        self._scale(math.exp(-tally.asked / self._memory))
         self._trials += tally.trials
-        self._hits *= decay
         self._hits += tally.hits
-        self._asked = self._asked * decay + tally.asked
-        self._offered = self._offered * decay + tally.offered
-        sizes = self._sizes[budget_index]
-        sizes *= decay
-        sizes += (possible, tally.nodes, tally.accepted, expected)
+        self._asked += tally.asked
+        self._offered += tally.offered
+        self._drafted[layer, budget_index] += tally.asked
+        self._brought[0, budget_index] += tally.nodes
+        self._brought[1, budget_index] += tally.accepted
         self._fresh += tally.asked
 
     def weaken(self, max_trials: float) -> None:
         """The weights, or the drafter, changed: what is known counts for at most so many trials from now on."""
         if self._asked > max_trials:
-            factor = max_trials / self._asked
-            for counts in (self._trials, self._hits, self._sizes):
-                counts *= factor
-            self._asked *= factor
-            self._offered *= factor
+            self._scale(max_trials / self._asked)
         self._fresh = math.inf
+
+    def _scale(self, factor: float) -> None:
+        """Everything counts that much less."""
+        for counts in (self._trials, self._hits, self._drafted, self._brought):
+            counts *= factor
+        self._asked *= factor
+        self._offered *= factor
 
     def _work_out(self) -> Estimate:
         self._fresh = 0.0
         chances = self.chances()
         trees = best_trees(chances, self._max_width, self._budgets)
         offer = (self._offered + PRIOR_ASKED) / (self._asked + PRIOR_ASKED)
-        possible, got, accepted, expected = self._sizes.T
+        plain = offer * trees.accepted
+        (got, accepted), possible = self._brought, (self._drafted * trees.nodes).sum(axis=0)
+        expected = (self._drafted * plain).sum(axis=0)  # by the averages alone, had they been known all along
         pooled = (accepted.sum() + PRIOR_ACCEPTED) / (expected.sum() + PRIOR_ACCEPTED)
         factors = (accepted + PRIOR_ACCEPTED * pooled) / (expected + PRIOR_ACCEPTED)
         filled = (got.sum() + PRIOR_NODES) / (possible.sum() + PRIOR_NODES)
         fills = (got + PRIOR_NODES * filled) / (possible + PRIOR_NODES)
-        plain = offer * trees.accepted
-        self._plain, self._possible = plain.tolist(), trees.nodes.tolist()
         first = min(sum(chances[0][: self._max_width]), MAX_CHANCE)
         chance_error = math.sqrt((1 - first) / (max(first, 1e-3) * (self._asked * offer + PRIOR_TRIALS)))
         own = expected + PRIOR_ACCEPTED

@@ -3,7 +3,7 @@
 Two reasons to try. A plan might pay, going by how little is known of it (its estimate plus a standard error): that is
 what happens at the start, and again where the batch has shrunk to sizes not seen before, and it ends by itself as the
 errors shrink. And a set of sources that did not pay might have become better: it is tried again after an interval that
-doubles as long as it does not, and starts afresh when the weights, the sources or the batch change.
+doubles as long as it does not, and starts afresh when the weights change or the batch shrinks.
 
 Trials that might be dear are made with a few of the requests; what they may cost in all is bounded by an account.
 """
@@ -11,7 +11,7 @@ Trials that might be dear are made with a few of the requests; what they may cos
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from rollout.governor.config import GovernorConfig
@@ -55,10 +55,10 @@ class Exploration:
         self._tried: dict[tuple[Sources, int], int] = {}  # at which step a plan was last to be tried
         self.trial: Trial | None = None
 
-    def rearm(self, step: int, sources: Iterable[Sources] | None = None) -> None:
-        """Something may have become better: those sets, or all, are tried again at once."""
+    def rearm(self, step: int) -> None:
+        """The weights changed: all that was given up is tried again at once."""
         self._tried.clear()
-        for key in list(self._retries) if sources is None else sources:
+        for key in self._retries:
             self._retries[key] = Retry(self._config.retry_steps, step)
 
     def resized(self) -> None:
@@ -96,7 +96,8 @@ class Exploration:
             self.trial = Trial(plans[index], SHOTS, is_retry=False)
             return
         for sources, plan in _best_of_each(plans).items():
-            retry = self._retries.setdefault(sources, Retry(self._config.retry_steps, step + self._config.retry_steps))
+            # Sets that are new are due at once: hope alone would leave one aside that another outshines.
+            retry = self._retries.setdefault(sources, Retry(self._config.retry_steps, step))
             if sources == best.sources:
                 retry.interval, retry.at_step = self._config.retry_steps, step + self._config.retry_steps
             elif step >= retry.at_step:

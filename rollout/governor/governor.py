@@ -28,6 +28,7 @@ from rollout.governor.plans import Plan, Planner, Sources
 from rollout.governor.records import OFF, Alarm, Choice, StepOutcome, StepState
 from rollout.governor.request_budgets import RequestBudgets
 from rollout.governor.statistics import SpeculationRecord
+from rollout.governor.tally import StepTally
 from rollout.speculation_config import SpeculationConfig
 
 logger = logging.getLogger(__name__)
@@ -37,8 +38,7 @@ KNOWN_ERROR = 0.2  # relative, of a step's time, up to which a plan may be chose
 MAX_INTERVALS = 4  # times decide_every, between decisions that come out the same
 CAUTION = 0.5  # standard errors by which plans are judged worse than estimated when one is chosen
 DEAR_STEP = 1.25  # times the worst that was plausible, beyond which a step was held up by something else than drafts
-ALARMED_TRIALS = 16.0  # that acceptance counts at most for, once an alarm says that it fell
-RETRIED_TRIALS = 32.0  # the same, of sources that are tried again
+RETRIED_TRIALS = 32.0  # that acceptance counts at most for, of sources that are tried again
 
 
 class Governor:
@@ -100,6 +100,8 @@ class Governor:
         budget = outcome.choice.budget_nodes
         if not outcome.choice.is_off and budget not in self.planner.budgets:
             raise InvalidRequest("budget of a step's choice", budget, f"one of {self.planner.budgets}, as chosen")
+        if outcome.tally is not None and outcome.tally.max_depth != self._limits.max_depth:
+            raise InvalidRequest("depth of a step's tally", outcome.tally.max_depth, f"{self._limits.max_depth}")
         if not 1 <= outcome.num_sequences <= outcome.rows:
             expected = "at least one sequence, and a row for each"
             raise InvalidRequest("size of a step", f"{outcome.num_sequences} in {outcome.rows} rows", expected)
@@ -116,6 +118,10 @@ class Governor:
     def budgets(self, choice: Choice, request_ids: Sequence[str]) -> list[int]:
         """Nodes for each request, 0 to choice.budget_nodes."""
         return self.requests.budgets(choice, request_ids)
+
+    def new_tally(self) -> StepTally:
+        """An empty tally for the drafts of a step."""
+        return StepTally(self._limits.max_depth)
 
     def chances(self, source: str) -> list[list[float]]:
         """[depth][rank]: measured chance of a node of the source, given that its parent is accepted."""
@@ -151,9 +157,6 @@ class Governor:
             self._exploration.resized()
         if last is not None and size < last[1]:
             self._exploration.shorten(self._step)
-        if last is None or last[2] != state.sources:
-            new = set(state.sources) - set(last[2] if last else ())
-            self._exploration.rearm(self._step, [(source,) for source in sorted(new)])
         is_same = last is not None and not self._is_stale and last[1:] == (size, state.sources)
         self._decided_at, self._is_stale = (self._step, size, state.sources), False
         before = self._best
@@ -272,7 +275,6 @@ class Governor:
                 alarm.num_trials,
             )
             self._record.num_alarms[source] = self._record.num_alarms.get(source, 0) + 1
-            self.planner.weaken(ALARMED_TRIALS, source)
         if watch.is_suspended != was_suspended:
             self._is_stale = True
             self._exploration.trial = None

@@ -100,14 +100,10 @@ class Planner:
         limits = self._limits
         return Acceptance(self.budgets, limits.max_depth, limits.max_width, self._config.memory_trials)
 
-    def weaken(self, max_trials: float, source: str | None = None) -> None:
-        """Acceptance, of the sets with that source or of all, is not to be relied on as before."""
-        for sources, known in self._sets.items():
-            if source is None or source in sources:
-                known.weaken(max_trials)
-        for name, known in self._parts.items():
-            if source is None or source == name:
-                known.weaken(max_trials)
+    def weaken(self, max_trials: float) -> None:
+        """The weights changed: acceptance is not to be relied on as before."""
+        for known in (*self._sets.values(), *self._parts.values()):
+            known.weaken(max_trials)
 
     def base_s(self, sequences: int, context_tokens: int) -> float:
         """Expected seconds of a step without drafts."""

@@ -69,7 +69,8 @@ class RootMeanSquareNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
-        return F.normalize(rows, dim=-1, eps=NORM_EPS) * (self.weight * rows.shape[-1] ** 0.5)
+        length = torch.linalg.vector_norm(rows, dim=-1, keepdim=True).clamp(min=NORM_EPS)
+        return rows / length * (self.weight * rows.shape[-1] ** 0.5)
 
 
 class AttentionDecoder(nn.Module):
@@ -146,8 +147,6 @@ class CloverDraft(nn.Module):
         self.head_norm = RootMeanSquareNorm(size)
         self.trust = nn.Linear(size, 2)
         self.trust_by_depth = nn.Parameter(torch.zeros(config.num_steps, 2))
-        frequencies = config.rope_theta ** (-torch.arange(0, config.head_dim, 2).float() / config.head_dim)
-        self.register_buffer("frequencies", frequencies, persistent=False)
         self._initialise()
 
     def _initialise(self) -> None:
@@ -199,7 +198,7 @@ class CloverDraft(nn.Module):
         """
         length = tokens.shape[1] - 1
         state = self._mix(hidden[:, :-1], target.embed(tokens[:, 1:]))
-        rotation = self._rotation(torch.arange(1, length + 1, device=tokens.device))
+        rotation = self._rotation(torch.arange(1, length + 1, device=tokens.device), state.dtype)
         for layer in self.layers:
             query, key, value = (rows.transpose(1, 2) for rows in layer.qkv(state, rotation))
             attended = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
@@ -231,15 +230,17 @@ class CloverDraft(nn.Module):
             got = f"counts {list(counts)}, {len(tokens)} tokens, {len(hidden)} hidden states"
             raise InvalidRequest("rows of accepted tokens", got, "as many tokens and hidden states as counted")
         positions = [s.position + 1 + i for s, count in zip(states, counts, strict=True) for i in range(count)]
-        rotation = self._rotation(torch.tensor(positions, device=hidden.device))
         state = self._mix(hidden, target.embed(tokens))
+        rotation = self._rotation(torch.tensor(positions, device=hidden.device), state.dtype)
+        unseen = []
         for one, count in zip(states, counts, strict=True):
             one.reserve(self.config, count, state)
+            unseen.append(_unseen(count, one.length + count, state.device))
         for number, layer in enumerate(self.layers):
             query, key, value = (rows.split(list(counts)) for rows in layer.qkv(state, rotation))
             attended = [
-                _attend(mine, *one.write(number, k, v))
-                for one, mine, k, v in zip(states, query, key, value, strict=True)
+                _attend(mine, *one.write(number, k, v), later)
+                for one, mine, k, v, later in zip(states, query, key, value, unseen, strict=True)
             ]
             state = layer.finish(state, torch.cat(attended))
         roots = self.block_norm(state)
@@ -278,10 +279,12 @@ class CloverDraft(nn.Module):
     def _mix(self, hidden: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
         return self.extract(hidden, self.extract.key_value(token))
 
-    def _rotation(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosines and sines [n, 1, D / 2] of positions [n]."""
-        angles = (positions.unsqueeze(-1) * self.frequencies).unsqueeze(-2)
-        return angles.cos(), angles.sin()
+    def _rotation(self, positions: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines [n, 1, D / 2] of positions [n]; angles in float32, which a buffer would not stay in."""
+        width = self.config.head_dim
+        exponents = torch.arange(0, width, 2, dtype=torch.float32, device=positions.device) / -width
+        angles = (positions.unsqueeze(-1) * self.config.rope_theta**exponents).unsqueeze(-2)
+        return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
 def _rotate(rows: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
@@ -291,21 +294,24 @@ def _rotate(rows: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor]) -> 
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
-def _attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """Causal attention of the last rows of one sequence over all of it: [n, heads, D] → [n, heads · D]."""
-    count, length = len(query), keys.shape[1]
-    unseen = None
-    if count > 1:
-        unseen = torch.ones(count, length, dtype=torch.bool, device=query.device).triu(length - count + 1)
+def _unseen(count: int, length: int, device: torch.device) -> torch.Tensor | None:
+    """bool [count, length]: what each of the last rows of a sequence must not attend to; None for a single one."""
+    if count == 1:
+        return None
+    return torch.ones(count, length, dtype=torch.bool, device=device).triu(length - count + 1)
+
+
+def _attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, unseen: torch.Tensor | None) -> torch.Tensor:
+    """Attention of the last rows of one sequence: [n, heads, D] over [K, L, D] twice → [n, heads · D]."""
+    count = len(query)
     if count > FEW_ROWS:
         seen = None if unseen is None else ~unseen
         attended = F.scaled_dot_product_attention(query.transpose(0, 1), keys, values, attn_mask=seen, enable_gqa=True)
         return attended.transpose(0, 1).flatten(-2)
     # torch's general path repeats keys and values for each query head, which costs more than the attention itself.
     grouped = query.unflatten(1, (len(keys), -1)).transpose(0, 1).flatten(1, 2)  # [K, n · heads / K, D]
-    scores = grouped @ keys.transpose(1, 2) * query.shape[-1] ** -0.5
+    scores = (grouped * query.shape[-1] ** -0.5) @ keys.transpose(1, 2)
     if unseen is not None:
-        by_row = scores.unflatten(1, (count, -1))
-        scores = by_row.masked_fill(unseen[:, None], -torch.inf).flatten(1, 2)
+        scores.view(len(keys), count, -1, keys.shape[1]).masked_fill_(unseen[:, None], -torch.inf)
     attended = scores.softmax(-1) @ values
     return attended.unflatten(1, (count, -1)).transpose(0, 1).flatten(1)

@@ -19,6 +19,7 @@ from rollout.speculation.clover import CloverDraft, TargetLayers
 from rollout.speculation.clover_samples import DraftSample, collate
 from rollout.speculation.clover_trees import Beams, DraftSampling, grow_beams
 
+SIDE_BY_SIDE = 32  # samples tried together
 NO_TOKEN = -1  # behind a trajectory's end; no candidate equals it
 
 
@@ -39,6 +40,23 @@ class Roots:
     seeds: torch.Tensor
     positions: torch.Tensor
     lengths: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TreeShape:
+    """Limits of every tree of a trial.
+
+    Attributes:
+        max_width: Nodes in a layer at most.
+        depth: Layers.
+        budget: Nodes at most.
+        is_keyed: Rank candidates with the noise; False ranks by probability alone.
+    """
+
+    max_width: int
+    depth: int
+    budget: int
+    is_keyed: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,51 +158,45 @@ def count_steps(matches: Sequence[int], drafted: Sequence[int], lengths: Sequenc
 def simulate_draft(
     draft: CloverDraft,
     samples: Sequence[DraftSample],
+    shapes: Sequence[TreeShape],
     *,
     target: TargetLayers,
     temperature: float,
-    max_width: int,
-    depth: int,
-    budget: int,
-    is_coupled: bool = True,
-    batch: int = 64,
-) -> Acceptance:
+) -> list[Acceptance]:
     """Acceptance of the draft on trajectories that were sampled with keyed noise.
 
     Args:
         draft: The model.
         samples: With the seeds they were sampled with.
+        shapes: Trees to try.
         target: The layers shared with the draft.
-        temperature: They were sampled at.
-        max_width, depth, budget: Of every tree.
-        is_coupled: Rank candidates with the noise; False ranks by probability alone.
-        batch: Samples tried together.
+        temperature: The samples were drawn at.
+
+    Returns:
+        What each shape saved, in order.
     """
-    matches, drafted, lengths = [], [], []
-    for some in _slices(samples, batch):
+    depth = max(shape.depth for shape in shapes)
+    matches: list[list[int]] = [[] for _ in shapes]
+    drafted: list[list[int]] = [[] for _ in shapes]
+    lengths: list[int] = []
+    for some in _slices(samples, SIDE_BY_SIDE):
         roots = roots_of(draft, some, target, depth)
-        if not len(roots.truth):
-            lengths += roots.lengths
-            continue
-        num_roots = len(roots.seeds)
-        sampling = DraftSampling(
-            seeds=roots.seeds, temperature=torch.full((num_roots,), temperature if is_coupled else 0.0)
-        )
-        beams = grow_beams(
-            draft,
-            target,
-            roots.states,
-            roots.positions,
-            sampling,
-            max_width=max_width,
-            max_depth=depth,
-            budget=budget,
-        )
-        kept = best_nodes(beams.scores, budget)
-        matches += matched(beams, kept, roots.truth).tolist()
-        drafted += kept.sum(1).tolist()
         lengths += roots.lengths
-    return count_steps(matches, drafted, lengths, depth)
+        if not len(roots.truth):
+            continue
+        sampling = DraftSampling(seeds=roots.seeds, temperature=torch.full(roots.seeds.shape, temperature))
+        noise = sampling.noise(roots.positions, depth, draft.config.vocab_size)
+        for number, shape in enumerate(shapes):
+            heard = noise[:, : shape.depth] * float(shape.is_keyed)
+            limits = {"max_width": shape.max_width, "budget": shape.budget}
+            beams = grow_beams(draft, target, roots.states, heard, sampling, **limits)
+            kept = best_nodes(beams.scores, shape.budget)
+            matches[number] += matched(beams, kept, roots.truth).tolist()
+            drafted[number] += kept.sum(1).tolist()
+    return [
+        count_steps(mine, nodes, lengths, shape.depth)
+        for mine, nodes, shape in zip(matches, drafted, shapes, strict=True)
+    ]
 
 
 def look_up(tokens: Sequence[int], *, min_ngram: int, max_ngram: int, depth: int) -> Sequence[int]:

@@ -85,11 +85,10 @@ def grow_beams(
     draft: CloverDraft,
     target: TargetLayers,
     roots: torch.Tensor,
-    positions: torch.Tensor,
+    noise: torch.Tensor,
     sampling: DraftSampling,
     *,
     max_width: int,
-    max_depth: int,
     budget: int,
 ) -> Beams:
     """Draft from roots.
@@ -98,14 +97,13 @@ def grow_beams(
         draft: The model.
         target: The layers it shares.
         roots: [B, H] states.
-        positions: int64 [B], of the root tokens.
+        noise: float32 [B, D, V] from `DraftSampling.noise`; D layers are drafted at most.
         sampling: How the requests draw.
         max_width: Nodes in a layer at most.
-        max_depth: Layers at most.
         budget: No tree will keep more nodes than this, so growth ends once none could still enter.
     """
-    noise = sampling.noise(positions, max_depth, draft.config.vocab_size)
-    width = min(max_width, draft.config.vocab_size)
+    max_depth, vocab_size = noise.shape[1:]
+    width = min(max_width, vocab_size)
     state, output = roots[:, None], draft.root_output(roots)[:, None]
     path = torch.zeros(len(roots), 1, device=roots.device)
     token = parent = torch.zeros(len(roots), 1, dtype=torch.long, device=roots.device)
@@ -190,10 +188,9 @@ class CloverProposer:
             self.draft,
             self._target,
             torch.stack(roots),
-            positions,
+            sampling.noise(positions, max_depth, self.draft.config.vocab_size),
             sampling,
             max_width=max_width,
-            max_depth=max_depth,
             budget=max(budgets),
         )
         rows = zip(beams.tokens.tolist(), beams.parents.tolist(), beams.scores.tolist(), budgets, strict=True)

@@ -67,13 +67,14 @@ class HiddenSpy(StatelessDrafter):
 
 
 class StubDrafter(StatelessDrafter):
-    """Proposes the given trees, one for each request."""
+    """Proposes the given trees, one for each request, whatever the limits, or no more of them than the budget."""
 
-    def __init__(self, trees: list[TokenTree], scores: list[float] | None = None) -> None:
-        self._trees, self._scores = trees, scores
+    def __init__(self, trees: list[TokenTree], scores: list[float] | None = None, keeps_budget: bool = False) -> None:
+        self._trees, self._scores, self._keeps_budget = trees, scores, keeps_budget
 
     def propose(self, requests, limits) -> list[ScoredTree]:
-        return [self._scored_as(tree) for _, tree in zip(requests, self._trees, strict=False)]
+        pairs = zip(requests, self._trees, strict=False)
+        return [self._scored_as(tree.prefix(request.budget) if self._keeps_budget else tree) for request, tree in pairs]
 
     def _scored_as(self, tree: TokenTree) -> ScoredTree:
         scores = np.zeros(tree.num_nodes) if self._scores is None else np.array(self._scores)

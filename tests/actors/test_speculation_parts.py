@@ -150,7 +150,7 @@ def test_turned_off_nothing_is_drafted() -> None:
 def test_useless_drafts_are_given_up() -> None:
     """A step of 10 ms, and half of one more with drafts that are always wrong: soon there are hardly any."""
     now = [0.0]
-    one = desk(StubDrafter([TokenTree.chain([7, 7, 7])] * 4), clock=lambda: now[0], governor=True)
+    one = desk(StubDrafter([TokenTree.chain([7, 7, 7])] * 4, keeps_budget=True), clock=lambda: now[0], governor=True)
     names = list("abcd")
     drafted = []
     for _ in range(400):

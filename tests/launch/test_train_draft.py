@@ -20,7 +20,7 @@ from rollout.speculation.clover import CloverDraft
 from rollout.speculation.clover_config import load_draft
 from rollout.speculation.clover_drafter import CloverDrafter
 from rollout.speculation.clover_samples import DraftSample
-from rollout.speculation.clover_simulation import simulate_draft
+from rollout.speculation.clover_simulation import TreeShape, simulate_draft
 from rollout.speculation.decode import speculative_decode
 
 EOS = 2
@@ -44,10 +44,10 @@ def shipped(target: Target) -> CloverDraft:
 
 @pytest.fixture(scope="module")
 def held_out(target: Target) -> list[DraftSample]:
-    config = compose(["workload.eval_problems=48"])
+    config = compose(["workload.eval_problems=24"])
     prompts = Workload(config.workload, config.model, 0).held_out()
     samples = rollouts(
-        target.model, prompts, run_seed=5, eos_token_id=EOS, max_tokens=256, temperature=1.0, say=lambda _: None
+        target.model, prompts, run_seed=5, eos_token_id=EOS, max_tokens=160, temperature=1.0, say=lambda _: None
     )
     return [s for s in samples if len(s.token_ids) > s.num_prompt_tokens + 1]
 
@@ -113,9 +113,8 @@ def test_decoding_takes_the_steps_that_were_simulated(
         stop_token_ids=[EOS],
     )
     assert [t.token_id for t in tokens] == expected
-    simulated = simulate_draft(
-        shipped, [sample], target=target.layers, temperature=1.0, max_width=4, depth=5, budget=12
-    )
+    shape = TreeShape(max_width=4, depth=5, budget=12)
+    (simulated,) = simulate_draft(shipped, [sample], [shape], target=target.layers, temperature=1.0)
     # The first token comes with the prompt; every later pass ends with a token that was not drafted, but for the pass
     # that drafted the end itself.
     passes = sum(not t.is_drafted for t in tokens) - 1 + tokens[-1].is_drafted

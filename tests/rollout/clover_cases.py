@@ -12,6 +12,7 @@ from rollout.speculation.clover_config import DraftConfig
 from rollout.speculation.clover_samples import DraftSample
 
 VOCAB, HIDDEN = 24, 16
+LENGTHS = 4  # kinds of trajectories in `ToyTarget.samples`
 
 
 @dataclass(frozen=True)
@@ -27,28 +28,39 @@ class ToyTarget:
         return TargetLayers.of(self.embedding, self.head)
 
     def hidden(self, tokens: torch.Tensor) -> torch.Tensor:
-        """[n] → [n, H]; the token before the first counts as token 0."""
-        before = torch.cat([torch.zeros(1, dtype=torch.long), tokens[:-1]])
+        """[..., n] → [..., n, H]; the token before the first counts as token 0."""
+        before = torch.cat([torch.zeros_like(tokens[..., :1]), tokens[..., :-1]], dim=-1)
         state = torch.tanh(self.embedding[tokens] + self.second[before])
         return state / state.square().mean(-1, keepdim=True).sqrt()
 
-    def sample(self, seed: int, num_prompt_tokens: int, num_tokens: int, temperature: float = 1.0) -> DraftSample:
+    def sample(self, seed: int, num_prompt_tokens: int, num_tokens: int) -> DraftSample:
         """A trajectory drawn with keyed noise, from a prompt that follows from the seed."""
-        prompt = torch.randint(1, VOCAB, (num_prompt_tokens,), generator=torch.Generator().manual_seed(seed))
-        tokens = prompt
-        while len(tokens) < num_prompt_tokens + num_tokens:
-            drawn, _ = gumbel_sample(
-                self.hidden(tokens)[-1:] @ self.head.T,
-                seeds=torch.tensor([seed]),
-                positions=torch.tensor([len(tokens)]),
-                temperature=torch.tensor([temperature]),
-            )
-            tokens = torch.cat([tokens, drawn])
-        return DraftSample(token_ids=tokens, num_prompt_tokens=num_prompt_tokens, hidden=self.hidden(tokens), seed=seed)
+        return self._sample([seed], num_prompt_tokens, num_tokens)[0]
 
     def samples(self, first_seed: int, number: int) -> list[DraftSample]:
         """Trajectories of several lengths."""
-        return [self.sample(first_seed + i, 3 + i % 4, 12 + i % 9) for i in range(number)]
+        found = []
+        for kind in range(LENGTHS):
+            seeds = list(range(first_seed + kind, first_seed + number, LENGTHS))
+            found += self._sample(seeds, 3 + kind, 12 + 2 * kind) if seeds else []
+        return found
+
+    def _sample(self, seeds: list[int], num_prompt_tokens: int, num_tokens: int) -> list[DraftSample]:
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        tokens = torch.stack([torch.randint(1, VOCAB, (num_prompt_tokens,), generator=g) for g in generators])
+        keys = torch.tensor(seeds)
+        for position in range(num_prompt_tokens, num_prompt_tokens + num_tokens):
+            drawn, _ = gumbel_sample(
+                self.hidden(tokens[:, -2:])[:, -1] @ self.head.T,
+                seeds=keys,
+                positions=torch.full_like(keys, position),
+                temperature=torch.ones(len(keys)),
+            )
+            tokens = torch.cat([tokens, drawn[:, None]], dim=1)
+        return [
+            DraftSample(token_ids=row, num_prompt_tokens=num_prompt_tokens, hidden=self.hidden(row), seed=seed)
+            for row, seed in zip(tokens, seeds, strict=True)
+        ]
 
 
 def toy_target(sharpness: float = 1.0) -> ToyTarget:

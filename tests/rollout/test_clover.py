@@ -133,10 +133,9 @@ def test_trees_keep_their_limits_and_are_the_best_nodes_of_the_beam(
         draft,
         target.layers,
         torch.stack([s.root for s in states if s.root is not None]),
-        torch.tensor([s.position for s in states]),
+        how.noise(torch.tensor([s.position for s in states]), depth, VOCAB),
         how,
         max_width=width,
-        max_depth=depth,
         budget=width * depth,
     )
     kept = best_nodes(beams.scores, budget)

@@ -15,7 +15,14 @@ from rollout.speculation.clover import CloverDraft, TargetLayers
 from rollout.speculation.clover_drafter import CloverDrafter
 from rollout.speculation.clover_loss import LossWeights, distillation_loss, draw_roots
 from rollout.speculation.clover_samples import DraftSample, collate, drawn_batches
-from rollout.speculation.clover_simulation import Acceptance, count_steps, look_up, simulate_draft, simulate_look_up
+from rollout.speculation.clover_simulation import (
+    Acceptance,
+    TreeShape,
+    count_steps,
+    look_up,
+    simulate_draft,
+    simulate_look_up,
+)
 from rollout.speculation.clover_training import DraftTrainer, DraftTrainingConfig, take_travelling
 from rollout.speculation.coupling import KeyedSampling
 from rollout.speculation.walk import walk
@@ -29,7 +36,7 @@ def generator(seed: int = 0) -> torch.Generator:
 
 
 @functools.cache
-def trained(sharpness: float = 1.0, steps: int = 250) -> tuple[ToyTarget, CloverDraft]:
+def trained(sharpness: float = 1.0, steps: int = 150) -> tuple[ToyTarget, CloverDraft]:
     """A draft that has learnt the toy target. Shared: nobody may change it."""
     target = toy_target(sharpness)
     torch.manual_seed(0)
@@ -40,9 +47,9 @@ def trained(sharpness: float = 1.0, steps: int = 250) -> tuple[ToyTarget, Clover
     return target, draft.eval()
 
 
-def acceptance(draft: CloverDraft, target: ToyTarget, samples: list[DraftSample], **how: object) -> Acceptance:
-    settings: dict[str, object] = {"temperature": 1.0, "max_width": 4, "depth": 3, "budget": 12}
-    return simulate_draft(draft, samples, target=target.layers, **(settings | how))  # type: ignore[arg-type]
+def acceptance(draft: CloverDraft, target: ToyTarget, samples: list[DraftSample], **limits: int) -> Acceptance:
+    shape = TreeShape(**({"max_width": 4, "depth": 3, "budget": 12} | limits))
+    return simulate_draft(draft, samples, [shape], target=target.layers, temperature=1.0)[0]
 
 
 def test_the_loss_is_its_definition_row_by_row() -> None:
@@ -102,7 +109,7 @@ def test_training_raises_acceptance_on_trajectories_it_has_not_seen() -> None:
 def test_knowing_the_noise_raises_acceptance() -> None:
     target, draft = trained()
     held_out = target.samples(60_000, 60)
-    keyed, blind = acceptance(draft, target, held_out), acceptance(draft, target, held_out, is_coupled=False)
+    keyed, blind = acceptance(draft, target, held_out), acceptance(draft, target, held_out, is_keyed=False)
     assert keyed.tokens_per_step > blind.tokens_per_step + 0.2
 
 

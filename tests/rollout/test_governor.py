@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,9 +17,19 @@ from rollout.governor.config import GovernorConfig
 from rollout.governor.exploration import SHOTS
 from rollout.governor.governor import WARM_STEPS, Governor
 from rollout.governor.records import OFF, StepOutcome, StepState
-from rollout.governor.tally import StepTally
 from rollout.speculation_config import SpeculationConfig
-from tests.rollout.governor_engine import CURVES, Engine, Run, Source, chances, choice_of, cpu_s, roofline_s, run
+from tests.rollout.governor_engine import (
+    CURVES,
+    Engine,
+    Run,
+    Source,
+    chances,
+    choice_of,
+    cpu_s,
+    experts_s,
+    roofline_s,
+    run,
+)
 
 LIMITS = SpeculationConfig(max_depth=8, budget_nodes=32)
 BATCHES = (64, 40, 24, 12, 6, 3, 1)
@@ -35,21 +46,26 @@ def engine_of(curve, sources, seed=0, **noise):
     return Engine(curve, sources, np.random.default_rng(seed), **noise)
 
 
-@pytest.mark.parametrize("sources", [MODEL, SIBLING, BOTH], ids=["model", "sibling", "both"])
-@pytest.mark.parametrize("curve", CURVES.values(), ids=CURVES)
+@pytest.mark.parametrize(
+    ("curve", "sources"),
+    [(cpu_s, MODEL), (roofline_s, MODEL), (experts_s, MODEL), (cpu_s, SIBLING), (roofline_s, BOTH), (experts_s, BOTH)],
+)
 def test_over_a_sweep_of_batches_it_comes_within_3_percent_of_the_best_fixed_choices(curve, sources):
+    # A choice is kept until another is 1 % better, trials may cost 1 %, and step times are known to 0.05 / sqrt(32),
+    # 0.9 %: together 2.9 % of the time for one token at each batch. Sets of sources are told apart by what they were
+    # accepted, some 1.3 tokens ± 1.5 / sqrt(512), 3 % of 2.3: the better-looking one of two equals is 0.56 of that
+    # worse than it looks, 1.7 %.
+    allowed = 0.03 + 0.017 * (len(sources) - 1)
     governor, engine = Governor(LIMITS), engine_of(curve, sources, seed=1)
     best_s = seconds = 0.0
     for batch in BATCHES:
-        run(governor, engine, 400, batch)
-        settled = run(governor, engine, 200, batch)
+        run(governor, engine, 350, batch)
+        settled = run(governor, engine, 150, batch)
         best, _ = engine.best_fixed(governor.planner.budgets, batch, 1300 * batch)
         best_s += 1 / best
         seconds += 1 / settled.speed
-        assert settled.speed > 0.93 * best  # twice the below, for a single batch
-    # A choice is kept until another is 1 % better, trials may cost 1 %, and step times are known to 0.05 / sqrt(32),
-    # 0.9 %: together 2.9 % of the time for one token at each batch.
-    assert seconds <= best_s / (1 - 0.03)
+        assert settled.speed > (1 - 2 * allowed) * best  # twice as far off at a single batch, where little was seen
+    assert seconds <= best_s / (1 - allowed)
 
 
 @pytest.mark.parametrize("curve", CURVES.values(), ids=CURVES)
@@ -65,7 +81,6 @@ def test_useless_drafts_cost_less_than_3_percent_from_the_first_step_on(curve, b
     assert total.ratio >= 0.97
     run(governor, engine, 2000, batch, into=total)
     assert total.ratio >= 0.985
-    assert sum(choice.is_off for choice in total.choices) >= 0.95 * len(total.choices)
 
 
 def test_useless_drafts_over_a_whole_sweep():
@@ -99,6 +114,30 @@ def test_the_guard_holds_against_drafts_that_deceive():
     assert total.ratio >= 1 - 0.015 - 7 / 3000 - 0.009
 
 
+def test_the_guard_holds_against_a_count_that_lies():
+    """Drafts are said to be accepted, but no token comes of it: only the account of losses is right."""
+    governor, engine, total = Governor(LIMITS), engine_of(cpu_s, MODEL, seed=1), Run()
+    for _ in range(2000):
+        choice = governor.choose(StepState(num_sequences=8, context_tokens=10_400, sources=("clover2",), version=0))
+        governor.observe(replace(engine.step(choice, 8, 10_400), num_tokens=8))
+        total.seconds += engine.worth(choice, 8, 10_400)[1]
+        total.plain_s += cpu_s(8, 8, 10_400)
+    assert total.ratio >= 1 - 0.015 - 7 / 2000 - 0.009  # as above
+    assert governor.take_record().num_guarded_steps > 1000
+
+
+def test_trials_of_many_dear_sources_wait_until_they_can_be_paid_for():
+    """Each of six, and all together, would cost 4 steps of more than twice the time to try: 60 steps and more."""
+    dear = {f"draft_{i}": Source(chances(0.01), layer_s=20e-3) for i in range(6)}
+    governor, engine = Governor(LIMITS), engine_of(cpu_s, {**MODEL, **dear}, seed=2)
+    alone = run(governor, engine, 600, 8, sources=("clover2",)).choices[-1]
+    tokens, seconds = engine.worth(alone, 8, 10_400)
+    # 1 % for trials, an account that is full with 12 steps, and one step of at most 6 step times beyond; what is chosen
+    # meanwhile may be another of those within the margin of 1 % and the error of 0.9 %.
+    allowed = 0.01 + 18 / 600 + 0.019
+    assert run(governor, engine, 600, 8).speed >= tokens / seconds * (1 - allowed)
+
+
 @pytest.mark.parametrize("curve", [cpu_s, roofline_s])
 def test_it_wakes_up_in_the_tail(curve):
     """Drafts that do not pay in a full batch pay in the tail: they are on again within a few dozen steps."""
@@ -116,7 +155,7 @@ def test_it_wakes_up_in_the_tail(curve):
 def test_a_source_that_becomes_good_is_found_again():
     governor = Governor(LIMITS)
     run(governor, engine_of(cpu_s, {"clover2": Source(chances(0.01))}, seed=4), 1500, 8)
-    found = run(governor, engine_of(cpu_s, {"clover2": Source(chances(0.8))}, seed=5), 4000, 8)
+    found = run(governor, engine_of(cpu_s, {"clover2": Source(chances(0.75))}, seed=5), 4000, 8)
     # Waits of 256, 512 and 1,024 steps have passed or been begun: the next trial is at most 2,048 steps away.
     assert not found.choices[-1].is_off
     assert sum(not c.is_off for c in found.choices[2100:]) > 0.9 * 1900
@@ -130,9 +169,19 @@ def test_useless_sources_are_tried_ever_more_seldom():
     assert 0 < early <= 60 and late <= early
 
 
+def test_a_new_source_is_tried_at_once_even_beside_one_that_does_well():
+    governor = Governor(LIMITS)
+    better = Source(chances(0.98, 1.0, (1.0, 0.01, 0.005, 0.005)))
+    engine = engine_of(cpu_s, {**MODEL, "sibling": better}, seed=16)
+    assert not run(governor, engine, 600, 4, sources=("clover2",)).choices[-1].is_off
+    new = run(governor, engine, 100, 4, sources=("clover2", "sibling"))
+    assert any("sibling" in c.sources for c in new.choices[:24])
+    assert "sibling" in run(governor, engine, 300, 4).choices[-1].sources
+
+
 def test_a_new_source_and_a_new_version_are_tried_at_once():
     governor = Governor(LIMITS)
-    engine = engine_of(cpu_s, {**USELESS, "clover2": Source(chances(0.8))}, seed=7)
+    engine = engine_of(cpu_s, {**USELESS, "clover2": Source(chances(0.75))}, seed=7)
     run(governor, engine, 1000, 8, sources=("random",))
     new = run(governor, engine, 60, 8, sources=("random", "clover2"))
     assert any("clover2" in c.sources for c in new.choices[:4])
@@ -203,6 +252,7 @@ def test_peers_that_wait_are_reckoned_with():
         )
         beside.observe(outcome)
     assert choice.is_off
+    assert beside.take_record().num_guarded_steps < 150  # it knows, and is not merely held back after its trials
 
 
 STEPS = st.tuples(
@@ -240,13 +290,15 @@ def test_whatever_happens_choices_stay_within_bounds_and_promise_a_gain(steps, w
         assert len(budgets) == sequences and all(0 <= b <= choice.budget_nodes for b in budgets)
         assert choice.max_requests is None or sum(b > 0 for b in budgets) <= choice.max_requests
         if sequences:
-            governor.observe(outcome_of(choice, budgets, rng, right, seconds, context, version, has_prefill))
+            governor.observe(
+                outcome_of(choice, budgets, governor.new_tally(), rng, right, seconds, context, version, has_prefill)
+            )
     metrics = governor.take_record().metrics()
     assert all(math.isfinite(value) for value in metrics.values())
 
 
-def outcome_of(choice, budgets, rng, right, seconds, context, version, has_prefill) -> StepOutcome:
-    tally = None if choice.is_off else StepTally(8)
+def outcome_of(choice, budgets, tally, rng, right, seconds, context, version, has_prefill) -> StepOutcome:
+    tally = None if choice.is_off else tally
     nodes = accepted = 0
     for size in budgets:
         if tally is None or not size:
@@ -286,7 +338,7 @@ def test_requests_whose_drafts_fail_get_less_and_now_and_then_another_chance():
 def test_a_trial_with_few_requests_goes_round():
     governor = Governor(LIMITS)
     few = choice_of(("clover2",), 4)
-    few = type(few)(shares=few.shares, budget_nodes=4, max_depth=4, max_width=1, max_requests=3, is_trial=True)
+    few = replace(few, max_requests=3, is_trial=True)
     seen = [0] * 8
     for _ in range(8):
         budgets = governor.budgets(few, [str(i) for i in range(8)])

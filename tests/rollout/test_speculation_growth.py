@@ -70,7 +70,7 @@ def check_choice(chosen: ScoredTree, offered: dict[Path, float], max_width: int,
         assert not has_parent or is_layer_full or is_tree_full, f"{path} was left out"
 
 
-@settings(max_examples=150)
+@settings(max_examples=100, deadline=None)
 @given(candidates(), st.integers(1, MAX_WIDTH), st.integers(1, 24))
 def test_the_best_candidates_are_chosen(offer: Candidates, max_width: int, budget: int) -> None:
     chosen = best_tree(*offer, max_width=max_width, budget=budget, source=4)
@@ -80,7 +80,7 @@ def test_the_best_candidates_are_chosen(offer: Candidates, max_width: int, budge
         assert by_path(chosen.prefix(size)) == dict(itertools.islice(by_path(chosen).items(), size))
 
 
-@settings(max_examples=150)
+@settings(max_examples=100, deadline=None)
 @given(st.lists(candidates(12), max_size=3), st.integers(1, MAX_WIDTH), st.integers(1, 24))
 def test_a_merge_is_the_best_of_all(offers: list[Candidates], max_width: int, budget: int) -> None:
     drafts = [best_tree(*offer, max_width=MAX_WIDTH, budget=99, source=1 << i) for i, offer in enumerate(offers)]
@@ -91,6 +91,7 @@ def test_a_merge_is_the_best_of_all(offers: list[Candidates], max_width: int, bu
         assert source == sum(1 << i for i, draft in enumerate(drafts) if path in by_path(draft))
 
 
+@settings(deadline=None)
 @given(candidates())
 def test_merging_a_draft_with_itself_or_nothing_changes_nothing(offer: Candidates) -> None:
     draft = best_tree(*offer, max_width=3, budget=10)
@@ -99,7 +100,7 @@ def test_merging_a_draft_with_itself_or_nothing_changes_nothing(offer: Candidate
     assert math.isclose(draft.expected_accepted, sum(math.exp(score) for score in draft.scores.tolist()))
 
 
-@settings(max_examples=150)
+@settings(max_examples=100, deadline=None)
 @given(st.data(), st.integers(1, MAX_WIDTH), st.integers(1, 16))
 def test_growing_by_layers_finds_what_choosing_from_all_finds(data: st.DataObject, width: int, budget: int) -> None:
     growth = TreeGrowth(max_width=width, budget=budget)
@@ -121,6 +122,7 @@ def test_growing_by_layers_finds_what_choosing_from_all_finds(data: st.DataObjec
     check_choice(growth.finish(), everything, width, budget)
 
 
+@settings(deadline=None)
 @given(trees())
 def test_scores_may_be_all_the_same(tree: object) -> None:
     tokens, parents = tree.to_lists()  # type: ignore[attr-defined]

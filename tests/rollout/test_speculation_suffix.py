@@ -29,7 +29,7 @@ def accepted(draft: ScoredTree, future: Sequence[int]) -> int:
     return walk(draft.tree, [ahead[depth] for depth in draft.tree.depths.tolist()]).num_drafted
 
 
-@settings(max_examples=150)
+@settings(max_examples=100, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 1), texts), max_size=4), st.lists(st.integers(0, 2), min_size=1, max_size=20))
 def test_matches_are_all_places_where_the_context_occurred(
     written: list[tuple[int, list[int]]], end: list[int]
@@ -51,7 +51,7 @@ def test_matches_are_all_places_where_the_context_occurred(
     assert sorted(found.values()) == sorted(sorted(expected.values(), reverse=True)[:ENOUGH_MATCHES])
 
 
-@settings(max_examples=100)
+@settings(max_examples=100, deadline=None)
 @given(
     st.lists(texts, max_size=4),
     st.lists(st.integers(0, 2), min_size=1, max_size=20),
@@ -100,7 +100,7 @@ def test_longer_matches_outweigh_shorter_ones() -> None:
     assert index.propose("g", [0, 24, 25]).tree.tokens[0] == 50
 
 
-@settings(max_examples=50)
+@settings(max_examples=50, deadline=None)
 @given(st.lists(texts, min_size=1, max_size=3), texts, st.randoms(use_true_random=False))
 def test_pieces_make_the_same_index_as_the_whole(
     siblings: list[list[int]], context: list[int], chance: random.Random

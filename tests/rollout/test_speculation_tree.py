@@ -32,6 +32,7 @@ def naive_walk(tree: TokenTree, sampled: list[int]) -> tuple[list[int], list[int
         tokens.append(sampled[row])
 
 
+@settings(deadline=None)
 @given(trees())
 def test_rows_see_themselves_and_their_ancestors(tree: TokenTree) -> None:
     mask = tree.mask()
@@ -41,6 +42,7 @@ def test_rows_see_themselves_and_their_ancestors(tree: TokenTree) -> None:
         assert tree.depths[row] == len(ancestors(tree, row)) - 1
 
 
+@settings(deadline=None)
 @given(st.lists(trees(), min_size=1, max_size=5), st.integers(0, 9))
 def test_masks_of_a_batch_are_padded_with_rows_that_see_themselves(batch: list[TokenTree], more: int) -> None:
     rows = max(tree.num_rows for tree in batch) + more
@@ -54,6 +56,7 @@ def test_masks_of_a_batch_are_padded_with_rows_that_see_themselves(batch: list[T
         tree_masks(batch, max(tree.num_rows for tree in batch) - 1)
 
 
+@settings(deadline=None)
 @given(trees())
 def test_counts_agree(tree: TokenTree) -> None:
     assert tree.widths().sum() == tree.num_nodes == tree.num_rows - 1
@@ -63,6 +66,7 @@ def test_counts_agree(tree: TokenTree) -> None:
     tree.check(max_width=MAX_WIDTH, budget=max(1, tree.num_nodes))
 
 
+@settings(deadline=None)
 @given(trees(), st.integers(0, 30))
 def test_a_prefix_is_a_tree(tree: TokenTree, num_nodes: int) -> None:
     prefix = tree.prefix(num_nodes)
@@ -73,7 +77,7 @@ def test_a_prefix_is_a_tree(tree: TokenTree, num_nodes: int) -> None:
     assert np.array_equal(prefix.mask(), tree.mask()[: kept + 1, : kept + 1])
 
 
-@settings(max_examples=150)
+@settings(max_examples=100, deadline=None)
 @given(st.lists(trees(vocab_size=3), min_size=1, max_size=4), st.data())
 def test_walk_is_its_definition(batch: list[TokenTree], data: st.DataObject) -> None:
     sampled = [data.draw(st.lists(st.integers(0, 2), min_size=t.num_rows, max_size=t.num_rows)) for t in batch]
@@ -84,7 +88,7 @@ def test_walk_is_its_definition(batch: list[TokenTree], data: st.DataObject) -> 
         assert walked.num_drafted == len(walked.tokens) - 1 == tree.depths[walked.rows[-1]]
 
 
-@settings(max_examples=100)
+@settings(max_examples=100, deadline=None)
 @given(st.lists(trees(vocab_size=2), min_size=1, max_size=4), st.data())
 def test_moves_make_accepted_rows_consecutive(batch: list[TokenTree], data: st.DataObject) -> None:
     total = sum(tree.num_rows for tree in batch)

@@ -1,0 +1,146 @@
+"""Attention of branching trees over vLLM's CPU cache, with as few operations as can be.
+
+A step of a small model is the overhead of its operations. So the keys and values of each request are gathered whole,
+padded to the longest, and attended to in two products; `kernels.tree_attention`, which goes chunk by chunk, needs three
+times the operations. Nothing is promised but rounding: the other rows of a step go through vLLM's own kernel.
+
+vLLM's layout for vector instructions, which is read here: a block and head holds D rows of block_size keys, that is
+their transpose, then block_size rows of D values.
+
+Shape legend: t trees, R rows of the largest, K KV heads, G query heads of each, D head width, P blocks of the longest
+context, L = P · block_size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from actors.vllm_plugin.trees import TreeBatch
+
+MAX_ELEMENTS = 2**21  # of keys gathered together, where one request does not have more: they stay in the cache
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TreeGroup:
+    """t trees that are computed together; the same for every layer.
+
+    Attributes:
+        rows: [t * R] int64 flat rows of the batch; a smaller tree repeats its last row.
+        kept: [m] int64 places of `rows` that are no repeats; None if all are.
+        targets: [m] int64 flat rows at these places.
+        keys: [t * K * D * P] int64 rows of block_size elements.
+        values: [t * K * P] int64 rows of block_size · D elements.
+        tail: First position that some row does not see.
+        bias: [t, 1, 1, R, L - tail] float32: 0 where a row sees a position from there on, else -inf.
+    """
+
+    rows: torch.Tensor
+    kept: torch.Tensor | None
+    targets: torch.Tensor
+    keys: torch.Tensor
+    values: torch.Tensor
+    tail: int
+    bias: torch.Tensor
+
+
+def plan_trees(
+    batch: TreeBatch, places: np.ndarray, block_table: np.ndarray, *, num_kv_heads: int, block_size: int, head_dim: int
+) -> list[TreeGroup]:
+    """Lay out the trees of the requests at `places` of a step.
+
+    Args:
+        batch: The step's trees.
+        places: [t] int64 requests, ascending.
+        block_table: [B, blocks] of the KV cache.
+        num_kv_heads: K.
+        block_size: Tokens of a block.
+        head_dim: D.
+    """
+    sizes = np.array([batch.trees[place].num_rows for place in places])
+    lengths = batch.bases[places] + sizes
+    heads = np.arange(num_kv_heads)
+    groups = []
+    for part in _parts(lengths, num_kv_heads * head_dim):
+        counts, ends = sizes[part], lengths[part]
+        bases = ends - counts
+        masks = batch.masks(places[part].tolist())
+        height = masks.shape[1]
+        num_blocks = -(-int(ends.max()) // block_size)
+        offset = np.arange(height)
+        rows = (batch.starts[places[part] + 1] - counts)[:, None] + np.minimum(offset, counts[:, None] - 1)
+        kept = (offset < counts[:, None]).ravel().nonzero()[0]
+        blocks: np.ndarray = block_table[places[part], :num_blocks].astype(np.int64)
+        # Entries past a shorter request's end may be anything; block 0 exists.
+        blocks[np.arange(num_blocks) >= -(-ends // block_size)[:, None]] = 0
+        pages = (blocks[:, None] * num_kv_heads + heads[:, None]) * 2  # [t, K, P]: keys; the values lie behind them
+        lines = pages[:, :, None] * head_dim + np.arange(head_dim)[:, None]
+        groups.append(
+            TreeGroup(
+                rows=torch.from_numpy(rows.ravel()),
+                kept=None if len(kept) == rows.size else torch.from_numpy(kept),
+                targets=torch.from_numpy(rows.ravel()[kept]),
+                keys=torch.from_numpy(lines.ravel()),
+                values=torch.from_numpy((pages + 1).ravel()),
+                tail=int(bases.min()) + 1,
+                bias=torch.from_numpy(_bias(masks, bases, int(bases.min()) + 1, num_blocks * block_size)),
+            )
+        )
+    return groups
+
+
+def _bias(masks: np.ndarray, bases: np.ndarray, tail: int, length: int) -> np.ndarray:
+    """[t, 1, 1, R, length - tail] of masks [t, R, R] over the slots from each base on."""
+    count, height, _ = masks.shape
+    # One column more than there are rows: what follows the last row is seen by nobody.
+    seen = np.concatenate([masks, np.zeros((count, height, 1), dtype=bool)], axis=2)
+    seen[:, :, 0] = True  # the root; what precedes it is looked up as it is
+    column = np.clip(np.arange(tail, length) - bases[:, None], 0, height)
+    visible = np.take_along_axis(seen, column[:, None], axis=2)
+    return np.where(visible, np.float32(0), np.float32(-np.inf))[:, None, None]
+
+
+def _parts(lengths: np.ndarray, width: int) -> Iterator[slice]:
+    """Runs of requests whose keys, padded to the longest, are not too many elements together."""
+    start = longest = 0
+    for place, length in enumerate(lengths.tolist()):
+        if place > start and (place + 1 - start) * max(longest, length) * width > MAX_ELEMENTS:
+            yield slice(start, place)
+            start, longest = place, 0
+        longest = max(longest, length)
+    yield slice(start, len(lengths))
+
+
+def attend_trees(
+    query: torch.Tensor, kv_cache: torch.Tensor, groups: list[TreeGroup], scale: float, output: torch.Tensor
+) -> None:
+    """Attend with the rows of trees.
+
+    Args:
+        query: [T, K * G, D].
+        kv_cache: [num_blocks, K, block_size, 2 * D], in vLLM's layout; holds this step's keys and values.
+        groups: Of the step.
+        scale: Factor of the scores.
+        output: [T, K * G, D], of which the trees' rows are written.
+    """
+    _, num_kv_heads, block_size, width = kv_cache.shape
+    head_dim = width // 2
+    lines, pages = kv_cache.view(-1, block_size), kv_cache.view(-1, block_size * head_dim)
+    for group in groups:
+        count, height = group.bias.shape[0], group.bias.shape[3]
+        matrices = count * num_kv_heads
+        tiled = query.index_select(0, group.rows).mul_(scale).view(count, height, num_kv_heads, -1, head_dim)
+        tiled = tiled.permute(0, 2, 3, 1, 4).reshape(matrices, -1, head_dim).float()
+        keys = lines.index_select(0, group.keys).view(matrices, head_dim, -1).float()
+        scores = torch.bmm(tiled, keys)
+        by_row = scores.view(count, num_kv_heads, -1, height, scores.shape[2])
+        by_row[..., group.tail :].add_(group.bias)
+        values = pages.index_select(0, group.values).view(matrices, -1, head_dim).float()
+        result = torch.bmm(scores.softmax(-1), values).view(count, num_kv_heads, -1, height, head_dim)
+        result = result.permute(0, 3, 1, 2, 4).reshape(count * height, -1, head_dim)
+        if group.kept is not None:
+            result = result.index_select(0, group.kept)
+        output.index_copy_(0, group.targets, result.to(output.dtype))
