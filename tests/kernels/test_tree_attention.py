@@ -29,7 +29,6 @@ from kernels.tree_attention import (
     tree_attention,
     tree_batch,
 )
-from kernels.tree_attention.dense import dense_tree_attention_cpu, plan_dense
 from kernels.tree_attention.reference import tree_attention_reference
 from tests.kernels.tree_cases import (
     KINDS,
@@ -192,32 +191,6 @@ def test_16_bits(kind: str, dtype: torch.dtype) -> None:
 def test_random_trees(requests: list[tuple[int, list[int]]], kind: str, block_size: int, seed: int) -> None:
     bases, parents = map(list, zip(*requests, strict=True))
     check_against_reference(random_case(bases, parents, kind=kind, block_size=block_size, seed=seed), 4)
-
-
-@given(
-    st.lists(st.tuples(st.integers(0, 200), parent_lists()), min_size=1, max_size=4),
-    st.sampled_from([("plain", torch.float32), ("transposed", torch.float32), ("transposed", torch.bfloat16)]),
-    st.sampled_from([1, 16, 32]),
-    st.integers(0, 2**20),
-)
-@settings(deadline=None, max_examples=25)
-def test_dense_over_float_caches(
-    requests: list[tuple[int, list[int]]], layout: tuple[str, torch.dtype], block_size: int, seed: int
-) -> None:
-    """Rows without a tree in between are left."""
-    bases, parents = map(list, zip(*requests, strict=True))
-    kind, dtype = layout
-    case = random_case(bases, parents, kind=kind, dtype=dtype, block_size=block_size, seed=seed)
-    rows = torch.arange(case.trees.num_rows) * 2
-    query = random_query(len(rows) * 2, 4, 32, dtype=dtype)
-    plan = plan_dense(**case.arguments(), num_query_heads=4, cache=case.cache, rows=rows)
-    output = torch.full_like(query, 7.0)
-    dense_tree_attention_cpu(query, case.cache, plan=plan, scale=0.2, output=output)
-    chosen = query[rows]
-    expected = tree_attention_reference(chosen, case.cache, **case.arguments(), scale=0.2)
-    got = output[rows], expected[1]
-    assert_attention_close(got, expected, chosen, case.cache, 0.2, int(case.seq_lens.max()))
-    assert (output[1::2] == 7.0).all()
 
 
 def check_bits_of_decoding(case: Case, num_query_heads: int) -> None:
