@@ -36,10 +36,23 @@ def platform() -> str | None:
 def register() -> None:
     """Entry point `vllm.general_plugins`; safe to call more than once in a process."""
     _die_with_parent()
+    _ask_for_amx()
     import actors.vllm_plugin.quantization  # noqa: F401  (registers the configurations by being imported)
     from actors.vllm_plugin.patches import install
 
     install()
+
+
+def _ask_for_amx() -> None:
+    """Ask Linux for AMX tiles, where the CPU has them.
+
+    vLLM's bfloat16 attention uses them, and oneDNN asks, but for linears that ours replace: without it the first tile
+    of an INT4 engine is an illegal instruction.
+    """
+    import torch
+
+    if torch.cpu._is_amx_tile_supported():
+        torch.cpu._init_amx()
 
 
 def _die_with_parent() -> None:

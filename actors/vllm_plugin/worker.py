@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
-import torch
 from vllm.v1.worker import cpu_worker
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.cpu_worker import CPUWorker
@@ -98,10 +97,6 @@ class KeyedCpuWorker(ControlledMixin, CPUWorker):
     """CPU worker."""
 
     def init_device(self) -> None:
-        if torch.cpu._is_amx_tile_supported():
-            # vLLM's bfloat16 attention uses AMX tiles, which Linux grants a process that asks; oneDNN does, for linears
-            # that ours replace, and without it the first tile is an illegal instruction.
-            torch.cpu._init_amx()
         speculates = PluginOptions.of(self.vllm_config).speculation is not None
         runner = TreeCpuRunner if speculates else KeyedCpuRunner
         with _runner_class(cpu_worker, "CPUModelRunner", runner):
