@@ -22,6 +22,7 @@ from rollout.governor.time_model import TimeModel
 from rollout.speculation_config import SpeculationConfig
 
 BUDGETS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)  # nodes of a request that are considered, up to the limit
+FREE_SHARE = 0.02  # of a step without drafts: if all layers beyond the first take no longer, depth costs nothing
 NEAR = 2.5  # times the rows seen, up to which a larger step may be tried
 FEW = 6  # requests, up to which it is reckoned with who is offered a tree
 SURE_OFFER = 0.95  # chance of an offer from which everybody is taken to get one
@@ -187,8 +188,8 @@ class Planner:
         everybody, other_rows = mine + peers, max(state.peer_rows, peers)
         estimate = self.acceptance(drafters).estimate()
         draft_s = self._draft_s_by_depth(drafters, mine)
-        # Depth is free where drafting takes no time for each layer: then the drafter has its say.
-        is_free = draft_s[-1] <= 0
+        # Where layers cost next to nothing, depth is left to the drafter, which knows more than averages.
+        is_free = draft_s[-1] - draft_s[0] <= FREE_SHARE * off.step_s
         priced: dict[float, tuple[float, float]] = {}
         result = []
         for index in range(len(self.budgets)):

@@ -164,8 +164,8 @@ class Engine:
         return max(speeds), options[int(np.argmax(speeds))]
 
     def _in_order(self, choice: Choice) -> list[str]:
-        """Of several sources the best one that offers drafts is used for a request."""
-        return sorted(choice.sources, key=lambda name: -self.sources[name].chances[0, 0])
+        """Of several sources the first one that offers drafts is used for a request: the one that seldom does."""
+        return sorted(choice.sources, key=lambda name: self.sources[name].offer)
 
     def _draft(self, choice: Choice, asked: int) -> tuple[StepTally, int]:
         result = StepTally(MAX_DEPTH)
