@@ -69,6 +69,25 @@ def compose(overrides: Sequence[str] = ()) -> RunConfig:
         raise
     except (HydraException, OmegaConfBaseException) as error:
         raise _explain(error, overrides) from error
+    return _checked(config)
+
+
+def read_yaml(path: Path) -> RunConfig:
+    """The configuration that `to_yaml` wrote, checked.
+
+    Raises:
+        InvalidRequest: For what `compose` would refuse.
+    """
+    try:
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), OmegaConf.load(path)))
+    except InvalidRequest:
+        raise
+    except OmegaConfBaseException as error:
+        raise _explain(error, [str(path)]) from error
+    return _checked(config)
+
+
+def _checked(config: Any) -> RunConfig:
     assert isinstance(config, RunConfig)
     first, second = config.trainer.betas
     config.trainer.betas = (first, second)  # OmegaConf keeps sequences as lists
