@@ -17,13 +17,16 @@ from collections import Counter
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any
 
+from actors.feed_calls import FeedCalls, FeedState
 from actors.fleet_calls import FleetCalls
+from actors.interactive_calls import InteractiveCalls
 from actors.journal_keeper import JournalKeeper
 from actors.process import place_of_this_process
 from actors.publication_calls import PublicationCalls
 from actors.publications import Publications
 from actors.receivers import answer
 from actors.rewards import RewardPool, RewardTimeout
+from actors.rollout_calls import RolloutCalls
 from actors.shard_watch import ShardWatch
 from actors.stats_calls import StatsCalls
 from rollout.config import JournalConfig, ModelConfig, SchedulerConfig, SupervisorConfig, SyncConfig
@@ -44,7 +47,7 @@ RATE_WINDOW_S = 10.0
 STALE_POLL_S = 0.2
 
 
-class Controller(FleetCalls, PublicationCalls, StatsCalls):
+class Controller(FleetCalls, FeedCalls, InteractiveCalls, PublicationCalls, RolloutCalls, StatsCalls):
     """Serves clients; see rollout.client for the other end of every method.
 
     Args:
@@ -101,7 +104,8 @@ class Controller(FleetCalls, PublicationCalls, StatsCalls):
         self._tasks: set[asyncio.Task[None]] = set()
         self._num_flips_under_way = 0
         self._num_groups_expired = self._num_internal_errors = 0
-        self._rate = RateWindow(RATE_WINDOW_S)
+        self._rate, self._endings = RateWindow(RATE_WINDOW_S), RateWindow(RATE_WINDOW_S)
+        self._feed = FeedState(time.monotonic())
         self._is_stopping = False
 
     async def start(self) -> None:
@@ -115,8 +119,13 @@ class Controller(FleetCalls, PublicationCalls, StatsCalls):
     async def limits(self) -> ModelLimits:
         return self._limits
 
-    async def submit(self, request: RolloutRequest, client_id: str) -> RolloutHandle:
+    async def submit(self, request: RolloutRequest, client_id: str, handle_id: str | None = None) -> RolloutHandle:
         """Queue a request; one with a run id goes on from what is durable of its groups.
+
+        Args:
+            request: What is asked for.
+            client_id: Who asks.
+            handle_id: Of the submission, unique for ever; None: it is chosen here.
 
         Raises:
             InvalidRequest: A prompt does not fit the model, or there is no such reward.
@@ -125,7 +134,7 @@ class Controller(FleetCalls, PublicationCalls, StatsCalls):
             EngineDead: No engine is left.
         """
         await self._rewards.check(request.reward)
-        handle_id = uuid.uuid4().hex
+        handle_id = handle_id or uuid.uuid4().hex
         await self._take_over(request)
         restored = await self._keeper.submit(request, handle_id)
         now = time.monotonic()
@@ -149,7 +158,12 @@ class Controller(FleetCalls, PublicationCalls, StatsCalls):
             self._close(handle_id)
 
     async def next_groups(
-        self, handle_id: str, max_groups: int, timeout_s: float, acknowledged: Sequence[str] = ()
+        self,
+        handle_id: str,
+        max_groups: int,
+        timeout_s: float,
+        acknowledged: Sequence[str] = (),
+        skip: frozenset[str] = frozenset(),
     ) -> Delivery:
         """Wait for finished groups; they are delivered again until acknowledged.
 
@@ -158,6 +172,7 @@ class Controller(FleetCalls, PublicationCalls, StatsCalls):
             max_groups: Most groups in the answer, ≥ 1.
             timeout_s: Longest wait; the answer is empty after it.
             acknowledged: Ids of groups that the client has received.
+            skip: Ids of groups that it does not want again, though it has not received them for good.
 
         Raises:
             UnknownHandle: Never issued, closed or expired.
@@ -171,9 +186,9 @@ class Controller(FleetCalls, PublicationCalls, StatsCalls):
             event = self._events.get(handle_id)
             if event is not None:
                 event.clear()
-            delivery = self._ledger.peek(handle_id, max_groups)
+            delivery = self._ledger.peek(handle_id, max_groups, skip)
             remaining_s = deadline - time.monotonic()
-            if delivery.groups or remaining_s <= 0 or event is None:
+            if delivery.groups or delivery.is_done or remaining_s <= 0 or event is None:
                 return delivery
             try:
                 await asyncio.wait_for(event.wait(), remaining_s)
@@ -195,17 +210,6 @@ class Controller(FleetCalls, PublicationCalls, StatsCalls):
         self._abort(handle_id)
         self._pump()
 
-    async def acknowledge_groups(self, run_id: str, group_ids: Sequence[str], checkpoint: str) -> int:
-        """A trainer's checkpoint has learned from these groups; they are never delivered again.
-
-        Returns:
-            How many were not acknowledged before.
-
-        Raises:
-            JournalConflict: One of them is not finished.
-        """
-        return await self._keeper.acknowledge(run_id, group_ids, checkpoint)
-
     async def progress(self, handle_id: str) -> Progress:
         self._ledger.touch(handle_id, time.monotonic())
         return self._scheduler.book.progress(handle_id)
@@ -225,11 +229,13 @@ class Controller(FleetCalls, PublicationCalls, StatsCalls):
         for restart in self._scheduler.book.take_restarts():
             self._spawn(self._keeper.restart(restart), f"restart in {restart.group_id}", lambda reason: None)
         for finished in self._scheduler.book.take_finished():
+            self._note_finished(finished)
             self._spawn(self._deliver(finished), f"delivery of {finished.group.group_id}", lambda reason: None)
         for job in self._scheduler.book.take_score_jobs():
             self._spawn_for(job.flight_id, self._score(job))
         if self._num_flips_under_way == 0:
             for dispatch in self._scheduler.next_dispatches(time.monotonic()):
+                self._note_start(dispatch)
                 self._spawn_for(dispatch.chunk.trajectory_id, self._run_chunk(dispatch))
             for rank, flight_ids in self._scheduler.take_cuts(time.monotonic()).items():
                 self._spawn_abort(rank, flight_ids)
@@ -247,6 +253,7 @@ class Controller(FleetCalls, PublicationCalls, StatsCalls):
         try:
             result = await answer(shard.generate.remote(dispatch.chunk))
         except EngineDead as error:
+            self._note_lost(dispatch, "lost")
             if self._shards[dispatch.shard] is shard:
                 self._on_shard_death(dispatch.shard, str(error))
         except Exception as error:  # whatever an engine raises about one request fails that one only
@@ -264,6 +271,7 @@ class Controller(FleetCalls, PublicationCalls, StatsCalls):
 
     async def _land(self, result: ChunkResult) -> None:
         """The shard is free at once; the trajectory goes on when its chunk is durable."""
+        self._note_end(result)
         landing = self._scheduler.land(result, time.monotonic())
         if landing is None:
             return
@@ -273,6 +281,7 @@ class Controller(FleetCalls, PublicationCalls, StatsCalls):
         self._scheduler.landed(landing.flight_id, time.monotonic())
 
     def _fail_chunk(self, dispatch: Dispatch, reason: str) -> None:
+        self._note_lost(dispatch, "failed")
         flight_id, kind = dispatch.chunk.trajectory_id, FailureKind.ENGINE_ERROR
         self._scheduler.on_chunk_failed(flight_id, dispatch.shard, kind, reason, time.monotonic())
 
@@ -325,7 +334,9 @@ class Controller(FleetCalls, PublicationCalls, StatsCalls):
         for handle_id in {*expired.to_abort, *self._aborting}:
             self._abort(handle_id)
         self._rate.sample(now, self._scheduler.counts.num_tokens_generated)
+        self._sample_endings()
         self._scheduler.keep_house(now)
+        self._keep_feed(now)
         live = {rank: self._shards[rank] for rank in self._scheduler.live_shards}
         busy = {rank for rank in live if self._scheduler.running_on(rank)}
         for rank in self._watch.look(live, busy, now):

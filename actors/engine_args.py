@@ -70,8 +70,6 @@ def engine_args(
         distributed_timeout_seconds=int(engine.distributed_timeout_s),
         cpu_distributed_timeout_seconds=int(engine.distributed_timeout_s),
     )
-    if engine.speculation.enabled:
-        _check_speculation(engine, on_gpu)
     options = PluginOptions(
         int4=engine.int4 if engine.quantization == "int4" else None,
         initial_version=initial_version,
@@ -80,6 +78,7 @@ def engine_args(
         speculation=engine.speculation if engine.speculation.enabled else None,
     )
     arguments |= _memory(engine, on_gpu) | _group(engine, rank, rendezvous) | _weights(model, engine, on_gpu)
+    arguments |= _speculation(engine, on_gpu)
     if engine.all2all_backend is not None:
         arguments["all2all_backend"] = engine.all2all_backend
     arguments |= engine.vllm
@@ -90,12 +89,17 @@ def engine_args(
     return AsyncEngineArgs(**arguments)  # type: ignore[arg-type]
 
 
-def _check_speculation(engine: EngineConfig, on_gpu: bool) -> None:
+def _speculation(engine: EngineConfig, on_gpu: bool) -> dict[str, object]:
+    """What engines that draft need; nothing for others."""
+    if not engine.speculation.enabled:
+        return {}
     if engine.tensor_parallel_size != 1:
         # Every tensor rank would draft by its own clock, and verify other trees than its peers.
         raise InvalidRequest("engine.tensor_parallel_size", engine.tensor_parallel_size, "1 with engine.speculation")
-    if on_gpu:
-        raise InvalidRequest("engine.speculation.enabled", True, "false on GPUs: their attention has no trees yet")
+    if not on_gpu:
+        return {}  # the platform chooses the attention
+    # Drafts follow from what the step before has sampled, so steps cannot be scheduled ahead of it.
+    return dict(attention_backend="CUSTOM", scheduler_cls=CPU_SCHEDULER, async_scheduling=False)
 
 
 def _weights(model: ModelConfig, engine: EngineConfig, on_gpu: bool) -> dict[str, object]:

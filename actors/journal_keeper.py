@@ -14,9 +14,11 @@ from functools import partial
 from typing import Any
 
 from rollout.config import JournalConfig
+from rollout.errors import InvalidRequest
 from rollout.journal.errors import JournalConflict, JournalFull, JournalLost
+from rollout.journal.journal import Journal
 from rollout.journal.opening import open_journal
-from rollout.journal.records import RestoredTrajectory, TrajectoryKey
+from rollout.journal.records import RestoredGroup, RestoredTrajectory, TrajectoryKey
 from rollout.scheduler.intake import Restored
 from rollout.scheduler.records import FinishedGroup, Landing, Restart
 from rollout.types import FinishReason, RolloutRequest, Status
@@ -105,6 +107,24 @@ class JournalKeeper:
             return 0
         journal = self._journal
         return await self._surely(partial(journal.acknowledge, run_id, group_ids, checkpoint, time.time()))
+
+    async def lease(self, run_id: str, consumer: str, max_groups: int, lease_s: float) -> list[RestoredGroup]:
+        """Hand out finished groups; see Journal.lease. Raises InvalidRequest without a journal."""
+        journal = self._required()
+        return await self._surely(partial(journal.lease, run_id, consumer, max_groups, lease_s, time.time()))
+
+    async def release(self, run_id: str, consumer: str) -> int:
+        """End a consumer's leases; see Journal.release. Raises InvalidRequest without a journal."""
+        return await self._surely(partial(self._required().release, run_id, consumer))
+
+    async def stored_group(self, run_id: str, group_id: str) -> RestoredGroup:
+        """A group with its tokens. Raises InvalidRequest if it is not there, or there is no journal."""
+        return await self._required().group(run_id, group_id)
+
+    def _required(self) -> Journal:
+        if self._journal is None:
+            raise InvalidRequest("journal.dsn", None, "a journal, for groups that are to be had later")
+        return self._journal
 
     async def keep_house(self) -> None:
         """Now and then, drop the tokens of groups that were acknowledged long ago."""

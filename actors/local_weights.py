@@ -31,9 +31,10 @@ class LocalWeights:
 
     Args:
         module: Being trained; partitioned on all ranks alike.
-        plans: Encoding of every checkpoint tensor.
+        plans: Encoding of every tensor that is served.
         ranks: All trainer ranks.
         bucket_bytes: Most encoded bytes in one bucket.
+        replicated: More parameters, whole and equal on all ranks, by the names they are served under.
 
     Raises:
         InvalidRequest: The plans are of another model, or DeepSpeed was told to keep partitions in a form
@@ -41,16 +42,28 @@ class LocalWeights:
     """
 
     def __init__(
-        self, module: torch.nn.Module, plans: Mapping[str, TensorPlan], ranks: RankGroup, bucket_bytes: int
+        self,
+        module: torch.nn.Module,
+        plans: Mapping[str, TensorPlan],
+        ranks: RankGroup,
+        bucket_bytes: int,
+        replicated: Mapping[str, torch.nn.Parameter] | None = None,
     ) -> None:
         self._plans, self._ranks = plans, ranks
-        self._parameters = dict(trained_parameters(module))
-        shapes = [(name, tuple(full_shape(p))) for name, p in self._parameters.items()]
-        is_partitioned = any(hasattr(p, "ds_id") for p in self._parameters.values())
-        for name, parameter in self._parameters.items():
+        trained, replicated = dict(trained_parameters(module)), replicated or {}
+        self._parameters = {**trained, **replicated}
+        is_partitioned = any(hasattr(p, "ds_id") for p in trained.values())
+        for name, parameter in trained.items():
             if hasattr(parameter, "ds_id"):
                 _check_partition(name, parameter, ranks)
-        self.division: Division = divide(shapes, plans, ranks.size, bucket_bytes, is_partitioned=is_partitioned)
+        self.division: Division = divide(
+            [(name, tuple(full_shape(p))) for name, p in trained.items()],
+            plans,
+            ranks.size,
+            bucket_bytes,
+            is_partitioned=is_partitioned,
+            replicated=[(name, tuple(p.shape)) for name, p in replicated.items()],
+        )
         self._borrowed: dict[str, list[tuple[Loan, torch.Tensor]]] = {}
 
     @property

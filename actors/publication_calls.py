@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from actors.publications import Publications
 from rollout.config import InFlight, OnStale, SchedulerConfig, SyncConfig
-from rollout.errors import SyncRefused
+from rollout.errors import EngineDead, SyncRefused
 from rollout.fleet import Rendezvous, SyncReport
 from rollout.scheduler.scheduler import Scheduler
 from rollout.sync.encoding import TensorPlan
 from rollout.sync.manifest import BucketRef, Piece
+from rollout.weights_state import WeightsState
 
 STALE_POLL_S = 0.2
 
@@ -38,6 +40,15 @@ class PublicationCalls:
     def _spawn_abort(self, rank: int, flight_ids: list[str]) -> None:
         raise NotImplementedError
 
+    def _note_sync(self, report: SyncReport, in_flight: str) -> None:
+        raise NotImplementedError
+
+    def _note_refusal(self, version: int, reason: str) -> None:
+        raise NotImplementedError
+
+    def _note_given_up(self, version: int) -> None:
+        raise NotImplementedError
+
     async def num_workers(self) -> int:
         """Devices that receive weights: worker processes of all shards."""
         return self._publications.num_workers
@@ -50,13 +61,18 @@ class PublicationCalls:
         """The version that is served."""
         return self._publications.live_version
 
+    async def weights(self) -> WeightsState:
+        """What is served, and what has been published."""
+        return self._publications.state
+
     async def open_transport(self, rendezvous: Rendezvous, world_size: int) -> None:
         """Let all workers join the trainer's broadcast group, before a publication."""
         await self._publications.open_transport(rendezvous, world_size)
 
     async def begin_publish(self, version: int, base: int | None, pieces: Sequence[tuple[int, Piece]]) -> int:
         """Open a publication; returns its attempt number. See Publisher.begin."""
-        return await self._publications.begin(version, base, pieces)
+        with self._noting(version):
+            return await self._publications.begin(version, base, pieces)
 
     async def publish_bucket(self, ref: BucketRef, payload: Sequence[Any] = ()) -> None:
         """One bucket to every shard.
@@ -66,16 +82,20 @@ class PublicationCalls:
             payload: One reference to its bytes in Ray's object store, when they travel that way. In a sequence,
                 so that Ray hands on the reference instead of the bytes.
         """
-        await self._publications.stage(ref, payload[0] if payload else None)
+        with self._noting(ref.version):
+            await self._publications.stage(ref, payload[0] if payload else None)
 
     async def commit_publish(self, version: int, in_flight: InFlight | None = None) -> SyncReport:
         """Flip all shards (see Publisher.commit). With a pause nothing is dispatched until it is over."""
-        await self._wait_for_the_old(version)
+        with self._noting(version):
+            await self._wait_for_the_old(version)
         mode = in_flight or self._sync.in_flight
         is_paused = mode is not InFlight.KEEP
         self._num_flips_under_way += is_paused
         try:
-            report = await self._publications.commit(version, mode)
+            with self._noting(version):
+                report = await self._publications.commit(version, mode)
+            self._note_sync(report, mode.value)
             if mode is InFlight.ABORT and not self._sync.partial_rollout:
                 self._scheduler.restart_queued(time.monotonic())
             for rank, flight_ids in self._scheduler.on_version(version, time.monotonic()).items():
@@ -84,6 +104,15 @@ class PublicationCalls:
         finally:
             self._num_flips_under_way -= is_paused
             self._pump()
+
+    @contextmanager
+    def _noting(self, version: int) -> Iterator[None]:
+        """A refusal is told of before it is passed on."""
+        try:
+            yield
+        except (SyncRefused, EngineDead) as error:
+            self._note_refusal(version, str(error))
+            raise
 
     async def _wait_for_the_old(self, version: int) -> None:
         """With on_stale = wait, a version waits for the trajectories that it would make too old."""
@@ -97,6 +126,8 @@ class PublicationCalls:
             await asyncio.sleep(STALE_POLL_S)
 
     async def abandon_publish(self, version: int) -> None:
+        if self._publications.is_open:
+            self._note_given_up(version)
         await self._publications.abandon(version)
 
     async def remember_snapshot(self, version: int, refs: Sequence[BucketRef]) -> None:

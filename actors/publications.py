@@ -7,6 +7,7 @@ Owns the receivers, the snapshot for shards that join late, and the counts. How 
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Coroutine, Mapping, Sequence
 from typing import Any
 
@@ -19,6 +20,9 @@ from rollout.sync.encoding import TensorPlan
 from rollout.sync.manifest import BucketRef, Piece
 from rollout.sync.members import OnDead
 from rollout.sync.publication import Publisher, State
+from rollout.weights_state import WeightsState
+
+RECENT = 64  # publications that are told about
 
 
 class Publications:
@@ -56,6 +60,7 @@ class Publications:
         )
         self._snapshot = (initial_version, load_snapshot(initial_version))
         self.num_syncs = self.num_refused = 0
+        self._recent: deque[SyncReport] = deque(maxlen=RECENT)
 
     @property
     def num_workers(self) -> int:
@@ -63,8 +68,24 @@ class Publications:
         return sum(self._num_workers.values())
 
     @property
+    def is_open(self) -> bool:
+        """A publication has begun and can be given up by its sender."""
+        return self._publisher.state is State.STAGING
+
+    @property
     def live_version(self) -> int:
         return self._publisher.live_version
+
+    @property
+    def state(self) -> WeightsState:
+        """What is served, and what has been published."""
+        return WeightsState(
+            live_version=self.live_version,
+            state=self._publisher.state.value,
+            num_published=self.num_syncs,
+            num_refused=self.num_refused,
+            recent=tuple(self._recent),
+        )
 
     async def open_transport(self, rendezvous: Rendezvous, world_size: int) -> None:
         for rank, receiver in self._receivers.items():
@@ -88,11 +109,12 @@ class Publications:
     async def commit(self, version: int, in_flight: InFlight) -> SyncReport:
         report: SyncReport = await self._counted(self._publisher.commit(version, in_flight))
         self.num_syncs += 1
+        self._recent.append(report)
         return report
 
     async def abandon(self, version: int) -> None:
         """Give up a publication that is open; its sender found a fault."""
-        if self._publisher.state is State.STAGING:
+        if self.is_open:
             self.num_refused += 1
         await self._publisher.abandon(version)
 

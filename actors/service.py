@@ -17,6 +17,7 @@ from ray.util.placement_group import remove_placement_group
 
 from actors.controller import Controller
 from actors.process import kill_process
+from actors.served_encoding import ServedEncoding
 from actors.shard_parts import ShardParts, StartCallback, check_resources, reserve, start_shards
 from rollout.client import RolloutClient
 from rollout.config import (
@@ -31,8 +32,7 @@ from rollout.config import (
 from rollout.errors import LongrollError, ServiceLost
 from rollout.fleet import CONTROLLER_NAME, Health, Place, ShardInfo
 from rollout.remote import client_error
-from rollout.sync.checkpoint_names import checkpoint_specs
-from rollout.sync.encoding import TensorPlan, plan_tensors
+from rollout.sync.encoding import TensorPlan
 from rollout.sync.segments import sweep
 
 logger = logging.getLogger(__name__)
@@ -288,13 +288,13 @@ def start_service(
 
 
 def served_plans(model: ModelConfig, engine: EngineConfig) -> dict[str, TensorPlan]:
-    """How every tensor of the model directory is served by these engines.
+    """How every tensor of the model directory, and of a draft that travels with it, is served by these engines.
 
     Raises:
-        InvalidRequest: The directory, the group size or the dtype is wrong.
+        InvalidRequest: The directory, the group size, the dtype or the draft's directory is wrong.
     """
-    int4 = engine.int4 if engine.quantization == "int4" else None
-    return plan_tensors(checkpoint_specs(model.path, engine.dtype or model.dtype).values(), int4)
+    encoding = ServedEncoding.of(model, engine)
+    return encoding.plans(model.path) | encoding.draft_plans()
 
 
 def connect(namespace: str) -> RolloutClient:

@@ -20,6 +20,7 @@ from actors.engine_args import engine_args
 from actors.ports import free_port
 from actors.process import place_of_this_process
 from actors.shard_environment import prepare_environment
+from actors.shard_requests import ChunkRun, sampling_params, stop_token_ids
 from actors.siblings import SiblingExchange, kinship
 from actors.vllm_plugin import SEED_KEY
 from actors.vllm_plugin.control import ControlLine
@@ -28,14 +29,17 @@ from actors.vllm_plugin.steps import Step
 from rollout.config import EngineConfig, InFlight, ModelConfig, SyncConfig
 from rollout.errors import EngineDead, LongrollError, SyncRefused
 from rollout.fleet import Rendezvous, ShardInfo, ShardStats
+from rollout.gateway.outbox import Outboxes
 from rollout.governor.statistics import SpeculationRecord
 from rollout.routing import RoutingRef
+from rollout.streaming import TokenDelta
 from rollout.sync import segments
 from rollout.sync.manifest import BucketRef
-from rollout.types import Chunk, ChunkResult, FinishReason, VersionSpan, append_span
+from rollout.types import Chunk, ChunkResult
 
 logger = logging.getLogger(__name__)
 ROUTING_WAIT_S = 5.0  # the worker learns of a request's end with its next step
+SUBSCRIBER_PATIENCE_S = 60.0  # a subscriber that has not asked for tokens for so long is gone
 CALL_TIMEOUT_S = 60.0  # an engine call pending at a death never resolves by itself (vLLM core_client)
 
 
@@ -64,6 +68,7 @@ class Shard:
         self._running: dict[str, str] = {}  # trajectory id → engine request id
         self._num_requests = 0
         self._num_tokens = 0
+        self._outboxes = Outboxes(SUBSCRIBER_PATIENCE_S)
         self._on_gpu = ray.is_initialized() and bool(ray.get_gpu_ids())  # asking would start Ray
         shares = engine.speculation.enabled and "sibling" in engine.speculation.sources
         self._siblings = SiblingExchange(rank, self._workers) if shares else None
@@ -103,7 +108,7 @@ class Shard:
         except Exception as error:
             raise EngineDead(f"shard {self._rank} could not start: {error}") from error
         config = self._engine.vllm_config
-        self._stop_token_ids = _stop_token_ids(config.model_config)
+        self._stop_token_ids = stop_token_ids(config.model_config)
         return ShardInfo(
             rank=self._rank,
             group=self._rank // self._engine_config.num_shards,
@@ -132,19 +137,18 @@ class Shard:
         request_id = f"{chunk.trajectory_id}#{self._num_requests}"
         self._running[chunk.trajectory_id] = request_id
         began = time.monotonic()
-        output: Any = None
+        run = ChunkRun(chunk, self._outboxes.find(chunk.stream.subscriber) if chunk.stream is not None else None)
+        params = sampling_params(chunk, self._stop_token_ids, self._extra_args(chunk, request_id))
         try:
-            stream = self._engine.generate(
-                {"prompt_token_ids": list(chunk.token_ids)}, self._sampling_params(chunk, request_id), request_id
-            )
-            async for latest in stream:  # one output, the final one
-                output = latest
+            async for output in self._engine.generate({"prompt_token_ids": list(chunk.token_ids)}, params, request_id):
+                run.add(output)
         except EngineDeadError as error:
             raise EngineDead(f"shard {self._rank}: {error}") from error
         finally:
             if self._running.get(chunk.trajectory_id) == request_id:
                 del self._running[chunk.trajectory_id]
-        result = self._result(chunk, output, time.monotonic() - began)
+        result = run.result(self._rank, time.monotonic() - began)
+        self._num_tokens += len(result.token_ids)
         if self._siblings is not None:
             self._siblings.share()
         if self._engine_config.enable_return_routed_experts and result.token_ids:
@@ -159,60 +163,17 @@ class Shard:
             return None
         return routing_store.put(blobs[0], chunk, num_new_tokens)
 
-    def _sampling_params(self, chunk: Chunk, request_id: str) -> Any:
-        from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
-
-        wanted = chunk.sampling
+    def _extra_args(self, chunk: Chunk, request_id: str) -> dict[str, Any]:
+        """What the plug-in is told about a request."""
         routing: dict[str, Any] = {}
         if self._engine_config.enable_return_routed_experts:
             routing = routing_args(request_id, routing_store.first_row(chunk))
         kin = {} if self._siblings is None else kinship(chunk)
-        stops = set(wanted.stop_token_ids)
-        if not wanted.ignore_eos:
-            stops |= set(self._stop_token_ids)
-        return SamplingParams(
-            max_tokens=chunk.max_tokens,
-            temperature=wanted.temperature,
-            top_k=wanted.top_k or 0,
-            top_p=wanted.top_p,
-            stop_token_ids=sorted(stops),
-            ignore_eos=True,  # ends come from stop_token_ids alone
-            logprobs=0,
-            flat_logprobs=True,
-            detokenize=False,
-            output_kind=RequestOutputKind.FINAL_ONLY,
-            extra_args={SEED_KEY: chunk.seed} | kin | routing,
-        )
+        return {SEED_KEY: chunk.seed} | kin | routing
 
-    def _result(self, chunk: Chunk, output: Any, duration_s: float) -> ChunkResult:
-        if output is None or not output.outputs:  # aborted before it was scheduled
-            return ChunkResult(
-                trajectory_id=chunk.trajectory_id,
-                token_ids=(),
-                logprobs=(),
-                spans=(),
-                finish_reason=FinishReason.ABORT,
-                shard=self._rank,
-                duration_s=duration_s,
-            )
-        completion = output.outputs[0]
-        spans: list[VersionSpan] = []
-        for span in completion.weight_versions or ():
-            if span.end > span.start:
-                append_span(spans, VersionSpan(version=int(span.version), start=span.start, stop=span.end))
-        self._num_tokens += len(completion.token_ids)
-        return ChunkResult(
-            trajectory_id=chunk.trajectory_id,
-            token_ids=tuple(completion.token_ids),
-            logprobs=tuple(completion.logprobs.logprobs) if completion.token_ids else (),
-            spans=tuple(spans),
-            finish_reason=FinishReason(completion.finish_reason),
-            shard=self._rank,
-            num_cached_tokens=output.num_cached_tokens or 0,
-            ttft_s=output.metrics.first_token_latency if output.metrics else 0.0,
-            duration_s=duration_s,
-        )
+    async def next_tokens(self, subscriber: str, timeout_s: float, coalesce_s: float) -> tuple[TokenDelta, ...]:
+        """Tokens of all chunks here that this subscriber follows; see Outbox.take."""
+        return await self._outboxes.of(subscriber).take(timeout_s, coalesce_s)
 
     async def set_peers(self, shards: list[Any]) -> None:
         """All shards, in the order of their ranks: their trajectories may draft for each other."""
@@ -224,9 +185,13 @@ class Shard:
         if self._siblings is not None:
             await self._siblings.take(delta)
 
-    async def turn_speculation(self, on: bool) -> None:
-        """Draft from now on, or no more, in an engine that was started with speculation."""
-        await self._workers("turn_speculation", on)
+    async def turn_speculation(self, sources: list[str] | None = None, always: bool = False) -> None:
+        """Draft with these of the sources that the engine was started with only; None: with all, empty: not at all.
+
+        `always`: with all that the configuration allows, whatever the governor would choose.
+        """
+        chosen = list(self._engine_config.speculation.sources) if sources is None else sources
+        await self._workers("turn_speculation", chosen, always)
 
     async def take_speculation(self) -> SpeculationRecord | None:
         """What speculation came to since the last call; None without it, or without a governor."""
@@ -331,6 +296,10 @@ class Shard:
         """Bytes that each worker really holds, by what they are for."""
         return await self._workers("held_bytes")
 
+    async def profile(self, is_on: bool) -> None:
+        """Begin or end a trace of the workers, which the engine was configured for (vllm.profiler_config)."""
+        await self._call(self._engine.start_profile() if is_on else self._engine.stop_profile())
+
     async def stats(self) -> ShardStats:
         last = self._stats.last
         return ShardStats(
@@ -342,6 +311,7 @@ class Shard:
             kv_usage_max=self._stats.kv_usage_max,
             num_tokens_generated=self._num_tokens,
             num_preemptions=self._stats.num_preemptions,
+            num_tokens_sampled=self._stats.num_tokens,
         )
 
     async def shutdown(self) -> None:
@@ -376,12 +346,3 @@ class Shard:
             raise EngineDead(f"shard {self._rank}: no answer from the engine within {timeout_s:.0f} s") from error
         except EngineDeadError as error:
             raise EngineDead(f"shard {self._rank}: {error}") from error
-
-
-def _stop_token_ids(model_config: Any) -> tuple[int, ...]:
-    """End tokens that the model directory names (generation config first, then the model config)."""
-    ids: set[int] = set()
-    for source in (model_config.try_get_generation_config(), model_config.hf_config.to_dict()):
-        value = source.get("eos_token_id")
-        ids |= set(value) if isinstance(value, (list, tuple)) else ({value} if value is not None else set())
-    return tuple(sorted(ids))

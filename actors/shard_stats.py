@@ -16,6 +16,7 @@ class LastStats:
         self.last = SchedulerStats()
         self.num_preemptions = 0
         self.num_steps = 0
+        self.num_tokens = 0  # sampled
         self.kv_usage_max = 0.0  # since the weights last changed
 
     def factory(self, vllm_config: VllmConfig, engine_index: int = 0) -> StatLoggerBase:
@@ -40,6 +41,7 @@ class _Recorder(StatLoggerBase):
             self._target.kv_usage_max = max(self._target.kv_usage_max, scheduler_stats.kv_cache_usage)
         if iteration_stats is not None:
             self._target.num_preemptions += iteration_stats.num_preempted_reqs
+            self._target.num_tokens += iteration_stats.num_generation_tokens
 
     def log_engine_initialized(self) -> None:
         """Nothing to log."""

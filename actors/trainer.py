@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from ray.actor import ActorHandle
 
 from actors.rank_group import RankGroup
 from actors.served_encoding import ServedEncoding
+from actors.trainer_draft import OnlineDraft, fitting_draft
 from actors.trainer_model import (
     build_module,
     deepspeed_config,
@@ -41,7 +42,7 @@ from rollout.errors import CheckpointBroken, InvalidRequest, LongrollError
 from rollout.fleet import Rendezvous, SyncReport
 from rollout.loss import importance_weights, policy_loss, ratio_base, selected_logprobs
 from rollout.mismatch import CauseSums, Knobs, measure
-from rollout.train_metrics import StepSums
+from rollout.train_metrics import DraftMetrics, StepSums
 from rollout.trainer_config import Reference, TrainerConfig
 
 RANK_FILE = re.compile(r"zero_pp_rank_(\d+)_")
@@ -49,10 +50,17 @@ RANK_FILE = re.compile(r"zero_pp_rank_(\d+)_")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepResult:
-    """Global sums of a step (the same on every rank), and its updates' largest gradient norm before clipping."""
+    """What a step came to, on every rank alike.
+
+    Attributes:
+        sums: Over all ranks.
+        grad_norm: The largest of its updates' gradient norms before clipping.
+        draft: Of the draft model that travels.
+    """
 
     sums: StepSums
     grad_norm: float
+    draft: DraftMetrics | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,7 +82,7 @@ class TrainerRank:
         temperature: Of sampling; log-probabilities are taken at the same one.
         controller: Receives publications; None when nothing is served.
         checkpoints: Where checkpoints lie.
-        encoding: How the engines serve the weights.
+        encoding: How the engines serve the weights, and which draft travels with them.
         kv_cache_dtype: Of the engines.
     """
 
@@ -98,6 +106,7 @@ class TrainerRank:
         self._engine: Any = None
         self._reference: Any = None
         self._source: WeightSource | None = None
+        self._draft: OnlineDraft | None = None
         self._rescorer: Rescorer | None = None
         self._knobs = Knobs(tis_cap=None, replay_routing=False)
 
@@ -124,6 +133,9 @@ class TrainerRank:
             frozen = build_module(self._model, config, ds_config).requires_grad_(False).eval()
             self._reference, *_ = deepspeed.initialize(model=frozen, config=ds_reference)
             restore_rotary_frequencies(frozen)
+        if self._encoding.draft_model is not None:
+            draft = fitting_draft(self._model.path, self._encoding.draft_model)
+            self._draft = OnlineDraft(config, module, draft, self._temperature, self._rank, self._device)
 
     def train_step(self, updates: list[MiniBatch], lr: float, version: int, knobs: Knobs) -> StepResult:
         """Take one optimizer step on each mini-batch, in turn.
@@ -144,10 +156,13 @@ class TrainerRank:
         self._engine.train()
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
+        if self._draft is not None:
+            self._draft.begin(updates, version)
         done = [self._update(mini, start, version) for mini, start in zip(updates, starts, strict=True)]
         return StepResult(
             sums=StepSums.over_updates([result.sums for result in done]),
             grad_norm=max(result.grad_norm for result in done),
+            draft=None if self._draft is None else self._draft.update(version),
         )
 
     def _start_logprobs(self, updates: list[MiniBatch]) -> list[list[torch.Tensor | None]]:
@@ -180,7 +195,10 @@ class TrainerRank:
     def _update(self, mini: MiniBatch, starts: list[torch.Tensor | None], version: int) -> StepResult:
         local = StepSums()
         for batch, start in zip(mini.batches, starts, strict=True):
-            with self._as_sampled(batch, local):
+            with ExitStack() as around:
+                around.enter_context(self._as_sampled(batch, local))
+                if self._draft is not None:
+                    around.enter_context(self._draft.watching(batch))
                 loss = self._micro_batch_loss(batch, start, mini.num_tokens, local)
                 # DeepSpeed divides the summed gradient by the number of ranks; the weights of the tokens
                 # already are those of the mini-batch over all ranks.
@@ -286,8 +304,9 @@ class TrainerRank:
             receiver = ControllerReceiver(self._controller, 2 * self._sync.publication_timeout_s)
             ranks = RankGroup(dist.group.WORLD, self._device)
             transport = make_transport(self._sync, receiver, ranks, ray.util.get_node_ip_address(), self._device)
-            plans = self._encoding.plans(self._model.path)
-            self._source = WeightSource(self._engine.module, plans, self._sync, receiver, transport, ranks)
+            plans = self._encoding.plans(self._model.path) | self._encoding.draft_plans()
+            beside = None if self._draft is None else self._draft.parameters
+            self._source = WeightSource(self._engine.module, plans, self._sync, receiver, transport, ranks, beside)
         return self._source.publish(version)
 
     def release(self) -> None:
@@ -298,6 +317,8 @@ class TrainerRank:
     def save(self, step: int) -> None:
         """Write this rank's part of a checkpoint and seal it."""
         self._engine.save_checkpoint(str(self._checkpoints.root), tag=self._checkpoints.tag(step), save_latest=False)
+        if self._draft is not None and self._rank == 0:
+            self._draft.save(self._checkpoints.path(step), step)
         mine = []
         for file in sorted(self._checkpoints.path(step).glob("*.pt")):
             match = RANK_FILE.search(file.name)
@@ -314,6 +335,8 @@ class TrainerRank:
         path, _ = self._engine.load_checkpoint(str(self._checkpoints.root), tag=self._checkpoints.tag(step))
         if path is None:
             raise CheckpointBroken(f"checkpoint {self._checkpoints.path(step)}: DeepSpeed could not load it")
+        if self._draft is not None:
+            self._draft.load(self._checkpoints.path(step), step)
 
     def greedy(self, prompts: list[tuple[int, ...]], num_tokens: int) -> list[Continuation]:
         """Continue prompts greedily with plain forwards in the training dtype; the lowest id wins a tie."""

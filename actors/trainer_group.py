@@ -21,6 +21,7 @@ from ray.exceptions import RayActorError, RayTaskError
 
 from actors.served_encoding import ServedEncoding
 from actors.trainer import Continuation, StepResult, TrainerRank
+from actors.trainer_draft import fitting_draft
 from rollout.batch import Selection, plan_ranks, plan_updates, select
 from rollout.checkpoints import CheckpointDir
 from rollout.config import ClusterConfig, EngineConfig, ModelConfig, SamplingConfig, SyncConfig
@@ -86,11 +87,13 @@ class TrainerGroup:
         Args:
             run_dir: Checkpoints go to run_dir/checkpoints; every rank's node must reach it.
             controller: Receives publications; None when nothing is served.
-            engine: Of the engines it serves with, for the encoding of publications; None = the defaults.
+            engine: Of the engines it serves with, for the encoding of publications and the draft that travels with
+                them; None = the defaults.
             mismatch: How the gap to sampling is measured; None = the defaults.
 
         Raises:
-            InvalidRequest: If the options contradict each other or the model directory is wrong.
+            InvalidRequest: If the options contradict each other, the model directory is wrong, or a draft that
+                travels was made for another model.
             TrainerDead: If a rank could not start in time.
         """
         if sampling.temperature <= 0:
@@ -105,6 +108,8 @@ class TrainerGroup:
         )
         engine = engine or EngineConfig()
         encoding, kv = ServedEncoding.of(model, engine), engine.kv_cache_dtype
+        if encoding.draft_model is not None:
+            fitting_draft(model.path, encoding.draft_model)
         ranks = [
             actor.remote(rank, model, trainer, sync, sampling.temperature, controller, checkpoints, encoding, kv)
             for rank in range(trainer.num_ranks)
@@ -169,6 +174,7 @@ class TrainerGroup:
             duration_s=time.monotonic() - begun,
             knobs=self._knobs,
             mismatch=report,
+            draft=result.draft,
         )
 
     def _watch_mismatch(self, selection: Selection) -> MismatchReport | None:

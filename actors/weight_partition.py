@@ -77,6 +77,7 @@ def divide(
     bucket_bytes: int,
     *,
     is_partitioned: bool,
+    replicated: NamedShapes = (),
 ) -> Division:
     """Divide a model among ranks.
 
@@ -85,16 +86,19 @@ def divide(
         plans: Encoding of every checkpoint tensor.
         num_ranks: Trainer ranks.
         bucket_bytes: Most encoded bytes in one bucket, > 0; a single row may be larger.
-        is_partitioned: Whether a rank holds its partitions only (ZeRO-3), so that loans are needed.
+        is_partitioned: Whether a rank holds its partitions of them only (ZeRO-3), so that loans are needed.
+        replicated: More parameters, which every rank holds whole and which are served under their own names.
 
     Raises:
         InvalidRequest: The tensors of the parameters are not those of the plans.
     """
     shares: list[list[Share]] = [[] for _ in range(num_ranks)]
     seen: dict[str, tuple[int, ...]] = {}
-    for parameter, shape in parameters:
+    whole = {name for name, _ in replicated}
+    for parameter, shape in [*parameters, *replicated]:
         size = partition_elements(math.prod(shape), num_ranks)
-        for name, tensor in split_parameter(parameter, torch.empty(shape, device="meta")):
+        empty = torch.empty(shape, device="meta")
+        for name, tensor in [(parameter, empty)] if parameter in whole else split_parameter(parameter, empty):
             seen[name] = tuple(tensor.shape)
             if name in plans and tensor.numel():
                 assert tensor.is_contiguous(), f"{name} is not a contiguous part of {parameter}"
@@ -132,8 +136,11 @@ def _share(plan: TensorPlan, parameter: str, offset: int, first_row: int, next_r
 
 
 def _loans(shares: Sequence[Sequence[Share]], partitions: Mapping[str, int]) -> Iterator[Loan]:
+    """Loans for the parameters whose partitions are given."""
     for borrower, mine in enumerate(shares):
         for share in mine:
+            if share.parameter not in partitions:
+                continue
             size = partitions[share.parameter]
             start = (borrower + 1) * size
             while start < share.stop:

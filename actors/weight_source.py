@@ -35,11 +35,12 @@ class WeightSource:
 
     Args:
         module: The module being trained.
-        plans: Encoding of every checkpoint tensor.
+        plans: Encoding of every tensor that is served.
         config: Bucket size.
         receiver: Where publications go; rank 0 leads, every rank sends its own buckets.
         transport: Carries them.
         ranks: All trainer ranks.
+        replicated: What goes with it, whole and equal on all ranks, by the names it is served under.
     """
 
     def __init__(
@@ -50,8 +51,9 @@ class WeightSource:
         receiver: Receiver,
         transport: Transport,
         ranks: RankGroup,
+        replicated: Mapping[str, torch.nn.Parameter] | None = None,
     ) -> None:
-        self._weights = LocalWeights(module, plans, ranks, config.bucket_bytes)
+        self._weights = LocalWeights(module, plans, ranks, config.bucket_bytes, replicated)
         self._plans, self._receiver, self._transport, self._ranks = plans, receiver, transport, ranks
         self._kept: KeptRows | None = None  # of the last version committed
         self._base: int | None = None  # that version; None when what the shards hold is not certain

@@ -9,7 +9,7 @@ from __future__ import annotations
 from rollout.config import ClusterConfig, EngineConfig, InFlight, RunConfig
 from rollout.errors import InvalidRequest
 from rollout.mismatch import MEASURABLE_KV
-from rollout.trainer_config import MismatchConfig, OverBudget, TrainerConfig
+from rollout.trainer_config import DraftUpdateConfig, MismatchConfig, OverBudget, TrainerConfig
 from rollout.types import SamplingParams
 
 PLACEMENT_STRATEGIES = ("PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD")
@@ -19,7 +19,18 @@ GPU_KV_CACHE_DTYPES = (*CPU_KV_CACHE_DTYPES, "fp8", "fp8_e4m3", "fp8_e5m2", "fp8
 
 def check(config: RunConfig) -> None:
     """Run every check. Raises InvalidRequest on the first that fails."""
-    for one in (_sampling, _room, _accelerator, _cpu_engine, _gpu_engine, _sync, _trainer, _mismatch, _workload):
+    for one in (
+        _sampling,
+        _room,
+        _accelerator,
+        _cpu_engine,
+        _gpu_engine,
+        _sync,
+        _trainer,
+        _draft,
+        _mismatch,
+        _workload,
+    ):
         one(config)
 
 
@@ -161,6 +172,15 @@ def _trainer(config: RunConfig) -> None:
         raise InvalidRequest("sampling.temperature", 0, "> 0: greedy members of a group are all the same")
     if config.trainer.zero_stage not in (1, 2, 3):  # without ZeRO, DeepSpeed reports no gradient norm in float32
         raise InvalidRequest("trainer.zero_stage", config.trainer.zero_stage, "1, 2 or 3")
+
+
+def _draft(config: RunConfig) -> None:
+    speculation = config.engine.speculation
+    travels = speculation.enabled and speculation.draft_travels
+    if config.trainer.draft != DraftUpdateConfig() and not travels:
+        raise InvalidRequest(
+            "trainer.draft", config.trainer.draft, "its defaults without engine.speculation.{enabled,draft_travels}"
+        )
 
 
 def _mismatch(config: RunConfig) -> None:

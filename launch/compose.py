@@ -40,6 +40,7 @@ GROUPS = (
     "workload",
     "cluster",
     "monitor",
+    "gateway",
     "experiment",
 )
 

@@ -38,6 +38,7 @@ class StepRecord:
         reference_kl: KL of the policy to its reference, mean over tokens; 0 without one.
         tis_weight_mean, tis_capped_fraction: Of the truncated importance weights.
         kv_usage_max: Largest share of a shard's KV cache in use during the step.
+        draft_loss, draft_agreement: Of the draft model's update, see rollout.train_metrics; None without one.
         num_chunks, num_migrations, num_cuts: Chunks started; of them on another shard than the one before; chunks cut
             for something more urgent. These and the following are totals since the controller's start.
         num_retries: Chunks lost with their engine and generated again.
@@ -89,6 +90,8 @@ class StepRecord:
     num_routing_replayed: int = 0
     num_routing_missing: int = 0
     tis_cap: float | None = None
+    draft_loss: float | None = None
+    draft_agreement: float | None = None
     num_chunks: int = 0
     num_migrations: int = 0
     num_cuts: int = 0

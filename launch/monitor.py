@@ -176,7 +176,7 @@ class Monitor:
 
 AREAS = {
     "rollout/step": ("rollout", "scheduler", "failures", "perf", "async", "engine"),
-    "train/step": ("train", "mismatch_kl", "routing", "sync", "timing_s", "eval"),
+    "train/step": ("train", "draft", "mismatch_kl", "routing", "sync", "timing_s", "eval"),
 }
 """Step axis of each area of keys."""
 
@@ -210,6 +210,8 @@ def wandb_row(record: StepRecord) -> dict[str, float]:
         "engine/kv_cache_usage": record.kv_usage_max,
         "train/is_skipped": float(record.is_skipped),
         "train/tis_cap": record.tis_cap,
+        "draft/loss": record.draft_loss,
+        "draft/agreement": record.draft_agreement,
         "mismatch_kl/all": record.mismatch_kl,
         "mismatch_kl/slice": record.mismatch_kl_slice,
         "mismatch_kl/weights": record.mismatch_kl_weights,

@@ -58,5 +58,15 @@ if [[ "$extra" == cpu ]]; then
         exit 1
     }
 fi
+if [[ "$extra" == cpu ]] && ! command -v chromium > /dev/null; then # the dashboard is tested in a real browser
+    if [[ "$(id -u)" == 0 ]] && command -v apt-get > /dev/null; then
+        echo "setup: chromium"
+        install_chromium() { DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends chromium; }
+        { install_chromium || { apt-get update && install_chromium; }; } > .venv/chromium.log 2>&1 ||
+            echo "setup: chromium could not be installed (see .venv/chromium.log); tests marked browser need it" >&2
+    else
+        echo "setup: no chromium found; tests marked browser need it (Debian: apt-get install chromium)" >&2
+    fi
+fi
 echo "$fingerprint" > "$stamp"
 echo "setup: done"

@@ -2,6 +2,10 @@
 
 Owns the options, the table and the record. The decisions are those of the service's own dispatcher, the times are
 computed (`rollout/simulate/`): from the roofline of the accelerator, or from measured steps (costs=FILE).
+
+Every policy runs without speculation: what scheduling alone brings. Those that are `speculating` run again for each
+`acceptance`, as they are shipped, with as many drafts in each step as pay; spec_draft_tokens=… and
+spec_accept_length=… put another acceptance in the place of the published ones.
 """
 
 from __future__ import annotations
@@ -28,6 +32,7 @@ from rollout.simulate.measured import MeasuredCosts, read_steps
 from rollout.simulate.outcome import Outcome, Run
 from rollout.simulate.scenario import POLICIES, Scenario, check_policies
 from rollout.simulate.simulation import Simulation
+from rollout.simulate.speculation import PUBLISHED, Acceptance
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,12 +40,13 @@ class Options:
     """Beside those of the scenario and of the distribution of lengths.
 
     Attributes:
-        policies: To compare; speed-ups are over the first.
+        policies: To compare; speed-ups are over static and partial, or over the first.
         seeds: Each is a run of every policy; the table shows means, the record has all.
         accelerator: A key of ACCELERATORS; the model is Qwen3-235B-A22B in INT4 with INT8 KV.
         costs: JSON file of measured steps to price steps by instead; kv_tokens must then be given.
         trace: JSONL file of real lengths to replay instead of drawing them.
-        speculating: Policies whose engines speculate, where the scenario does.
+        speculating: Policies that are run with speculation too.
+        acceptance: Of the drafts, each a run more: names of rollout.simulate.speculation.PUBLISHED.
         out: Where the record goes, as JSON.
         picture: Where the picture of the first seed goes, as PNG.
     """
@@ -50,9 +56,29 @@ class Options:
     accelerator: str = "h200"
     costs: str | None = None
     trace: str | None = None
-    speculating: tuple[str, ...] = POLICIES
+    speculating: tuple[str, ...] = ("divided",)
+    acceptance: tuple[str, ...] = ("eagle3-rl", "eagle3-235b")
     out: str | None = None
     picture: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """A policy without speculation, or with what its drafts are assumed to bring."""
+
+    policy: str
+    acceptance: Acceptance | None = None
+
+    @property
+    def name(self) -> str:
+        return self.policy if self.acceptance is None else f"{self.policy} + {self.acceptance.name}"
+
+    def scenario(self, base: Scenario) -> Scenario:
+        """The scenario, speculating as the row does."""
+        if self.acceptance is None:
+            return replace(base, spec_accept_length=1.0, spec_draft_tokens=0)
+        length, drafts = self.acceptance.accept_length, self.acceptance.num_drafts
+        return replace(base, spec_accept_length=length, spec_draft_tokens=drafts)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +86,7 @@ class Request:
     """All that a simulation needs, checked."""
 
     options: Options
+    rows: tuple[Row, ...]
     scenario: Scenario
     lengths: LengthModel
     costs: StepCosts
@@ -92,7 +119,28 @@ def parse(arguments: Sequence[str]) -> Request:
     costs, kv_tokens = _costs(options, scenario)
     if kv_tokens < scenario.longest:
         raise InvalidRequest("kv_tokens", kv_tokens, f"at least the longest trajectory, {scenario.longest}")
-    return Request(options=options, scenario=scenario, lengths=lengths, costs=costs, kv_tokens=kv_tokens, trace=trace)
+    return Request(
+        options=options,
+        rows=_rows(options, scenario),
+        scenario=scenario,
+        lengths=lengths,
+        costs=costs,
+        kv_tokens=kv_tokens,
+        trace=trace,
+    )
+
+
+def _rows(options: Options, scenario: Scenario) -> tuple[Row, ...]:
+    known = {one.name: one for one in PUBLISHED}
+    if not set(options.acceptance) <= set(known):
+        raise InvalidRequest("acceptance", ",".join(options.acceptance), f"some of {','.join(known)}")
+    assumed = [known[name] for name in options.acceptance]
+    if scenario.spec_draft_tokens:
+        length, drafts = scenario.spec_accept_length, scenario.spec_draft_tokens
+        assumed = [Acceptance(name=f"{length:g} of {drafts}", accept_length=length, num_drafts=drafts, source="given")]
+    alone = [Row(policy=policy) for policy in options.policies]
+    shipped = [Row(policy=p, acceptance=one) for p in options.policies if p in options.speculating for one in assumed]
+    return (*alone, *shipped)
 
 
 def _fit_to(scenario: Scenario, trace: Sequence[GroupWork]) -> Scenario:
@@ -145,16 +193,14 @@ def work(request: Request, scenario: Scenario) -> Iterator[GroupWork]:
 
 
 def simulate(request: Request, say: Callable[[str], None]) -> dict[str, list[Run]]:
-    """Run every policy with every seed."""
-    runs: dict[str, list[Run]] = {policy: [] for policy in request.options.policies}
+    """Run every row with every seed."""
+    runs: dict[str, list[Run]] = {row.name: [] for row in request.rows}
     for seed in request.options.seeds:
-        for policy, done in runs.items():
-            scenario = replace(request.scenario, seed=seed)
-            if policy not in request.options.speculating:
-                scenario = replace(scenario, spec_accept_length=1.0, spec_draft_tokens=0)
-            run = Simulation(scenario, policy, request.costs, request.kv_tokens, work(request, scenario)).run()
-            done.append(run)
-            say(f"{policy}, seed {seed}: {run.outcome.makespan_s:,.0f} s, simulated in {run.outcome.wall_s:.1f} s")
+        for row in request.rows:
+            scenario = row.scenario(replace(request.scenario, seed=seed))
+            run = Simulation(scenario, row.policy, request.costs, request.kv_tokens, work(request, scenario)).run()
+            runs[row.name].append(run)
+            say(f"{row.name}, seed {seed}: {run.outcome.makespan_s:,.0f} s, simulated in {run.outcome.wall_s:.1f} s")
     return runs
 
 
@@ -164,7 +210,7 @@ def mean(runs: Sequence[Run], name: str) -> float:
 
 
 def speedups(runs: dict[str, list[Run]]) -> dict[str, list[float]]:
-    """Makespan of the first policy by that of each, seed by seed."""
+    """Makespan of the first row by that of each, seed by seed."""
     first = next(iter(runs.values()))
     return {
         policy: [a.outcome.makespan_s / b.outcome.makespan_s for a, b in zip(first, mine, strict=True)]
@@ -183,22 +229,42 @@ COLUMNS: tuple[tuple[str, str, str], ...] = (
     ("migrated", "num_migrations", "{:,.0f}"),
     ("p50", "latency_p50_s", "{:,.0f} s"),
     ("p99", "latency_p99_s", "{:,.0f} s"),
-    ("decisions/s", "decisions_per_s", "{:,.0f}"),
+    ("decisions/CPU s", "decisions_per_cpu_s", "{:,.0f}"),
 )
 
 
-def table(runs: dict[str, list[Run]], title: str) -> Table:
-    """One line for each policy, means over seeds."""
+def table(request: Request, runs: dict[str, list[Run]], title: str) -> Table:
+    """Scheduling alone, then with speculation: one line for each policy, means over seeds."""
+    alone = [row.name for row in request.rows if row.acceptance is None]
+    bases = [name for name in ("static", "partial") if name in alone] or alone[:1]
     result = Table(title=title, title_justify="left")
     result.add_column("policy")
-    result.add_column(f"vs {next(iter(runs))}", justify="right")
+    for base in bases:
+        result.add_column(f"vs {base}", justify="right")
     for heading, _, _ in COLUMNS:
         result.add_column(heading, justify="right")
-    for policy, ratios in speedups(runs).items():
-        spread = f" ({min(ratios):.2f}-{max(ratios):.2f})" if len(ratios) > 1 else ""
-        cells = [form.format(mean(runs[policy], name)) for _, name, form in COLUMNS]
-        result.add_row(policy, f"{statistics.fmean(ratios):.2f} ×{spread}", *cells)
+    for number, row in enumerate(request.rows):
+        if number == len(alone):
+            result.add_section()
+        cells = [form.format(mean(runs[row.name], name)) for _, name, form in COLUMNS]
+        result.add_row(row.name, *(_ratio(runs[base], runs[row.name]) for base in bases), *cells)
     return result
+
+
+def _ratio(base: Sequence[Run], mine: Sequence[Run]) -> str:
+    ratios = [a.outcome.makespan_s / b.outcome.makespan_s for a, b in zip(base, mine, strict=True)]
+    spread = f" ({min(ratios):.2f}-{max(ratios):.2f})" if len(ratios) > 1 else ""
+    return f"{statistics.fmean(ratios):.2f} ×{spread}"
+
+
+def sources(request: Request) -> list[str]:
+    """What the rows with speculation assume, and from where."""
+    assumed = {row.acceptance.name: row.acceptance for row in request.rows if row.acceptance is not None}
+    return [
+        f"{one.name}: {one.accept_length:g} tokens a step with {one.num_drafts} drafts ({one.source}); "
+        "in each step as many drafts as pay"
+        for one in assumed.values()
+    ]
 
 
 def record(request: Request, runs: dict[str, list[Run]]) -> dict[str, Any]:
@@ -212,6 +278,7 @@ def record(request: Request, runs: dict[str, list[Run]]) -> dict[str, Any]:
         "kv_tokens": request.kv_tokens,
         "fit_error": fit,
         "makespan_speedup": speedups(runs),
+        "acceptance": {row.name: asdict(row.acceptance) for row in request.rows if row.acceptance is not None},
         "outcomes": {policy: [asdict(outcome) for outcome in mine] for policy, mine in outcomes.items()},
     }
 
@@ -233,7 +300,9 @@ def main(arguments: Sequence[str]) -> int:
         print(f"launch.simulate: {error}", file=sys.stderr)
         return 2
     runs = simulate(request, lambda line: print(line, flush=True))
-    Console(width=160).print(table(runs, title(request)))
+    Console(width=180).print(table(request, runs, title(request)))
+    for line in sources(request):
+        print(line)
     if isinstance(request.costs, MeasuredCosts):
         fit = request.costs.error
         print(f"fit of {fit.num_steps} steps: {fit.mean_relative:.1%} off on average, p95 {fit.p95_relative:.1%}")

@@ -115,12 +115,12 @@ def measure_steps(service: Service, slots: int, max_model_len: int) -> list[Meas
     steps: list[MeasuredStep] = []
     for turn in range(TURNS + 1):
         for batch, tokens in sizes:
-            found = _time(service, draw, batch, tokens)
+            found = time_steps(service, draw, batch, tokens)
             steps += found if turn else []  # the first steps of a size compile
     return steps
 
 
-def _time(service: Service, draw: random.Random, batch: int, prompt_tokens: int) -> Iterator[MeasuredStep]:
+def time_steps(service: Service, draw: random.Random, batch: int, prompt_tokens: int) -> Iterator[MeasuredStep]:
     """Prefill and decode `batch` prompts on each shard; a step of each kind."""
     vocabulary = service.infos[0].vocab_size
     asked = []

@@ -11,6 +11,7 @@ import numpy as np
 from rollout.simulate.outcome import Run
 
 COLOURS = {"static": "#9aa0a6", "partial": "#d9822b", "divided": "#2f6fb0"}
+OTHERS = ("#2e8b57", "#7b4fa3", "#b03a48", "#5b8c85", "#8a6d3b")  # for rows with speculation, in order
 MAX_ROWS = 64  # of shards drawn; more are averaged with their neighbours
 NUM_COLUMNS = 480
 
@@ -19,7 +20,7 @@ def draw(runs: Mapping[str, Run], path: Path, title: str) -> None:
     """Write a PNG: one heat map for each policy over the same time axis, and the curves of what had ended.
 
     Args:
-        runs: By policy, at least one.
+        runs: By name, at least one: a policy, with or without speculation.
         path: Where to write.
         title: Shown above.
     """
@@ -66,10 +67,12 @@ def draw(runs: Mapping[str, Run], path: Path, title: str) -> None:
 
 
 def _curves(axis: Any, runs: Mapping[str, Run]) -> None:
+    others = [name for name in runs if name not in COLOURS]
+    colours = COLOURS | {name: OTHERS[i % len(OTHERS)] for i, name in enumerate(others)}
     for policy, run in runs.items():
         share = np.arange(1, len(run.finished_s) + 1) / len(run.finished_s)
-        axis.plot(run.finished_s, 100 * share, color=COLOURS[policy], label=policy, linewidth=1.8)
-        axis.axvline(run.outcome.makespan_s, color=COLOURS[policy], linewidth=0.9, linestyle=":")
+        axis.plot(run.finished_s, 100 * share, color=colours[policy], label=policy, linewidth=1.8)
+        axis.axvline(run.outcome.makespan_s, color=colours[policy], linewidth=0.9, linestyle=":")
     axis.set_ylabel("trajectories ended (%)")
     axis.set_xlabel("time (s); dotted: the last one")
     axis.set_ylim(0, 102)

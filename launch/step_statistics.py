@@ -117,6 +117,8 @@ def _trained(metrics: TrainMetrics) -> dict[str, Any]:
         num_routing_missing=metrics.num_routing_missing,
         tis_cap=metrics.tis_cap,
     )
+    if metrics.draft is not None:
+        fields |= dict(draft_loss=metrics.draft.loss, draft_agreement=metrics.draft.agreement)
     report = metrics.mismatch
     if report is None:
         return fields

@@ -106,6 +106,7 @@ def train_steps(
         stats = client.stats()
         with timed(times, "train_s"), monitor.phase("train"):
             metrics = trainers.train_step(groups)
+        client.note_mismatch(trainers.version, metrics.mismatch_kl, metrics.mismatch)
         with timed(times, "sync_s"), monitor.phase("sync"):
             report = publish(config, client, trainers, monitor)
         learned += [group.group_id for group in groups]
@@ -323,6 +324,9 @@ def run(config: RunConfig) -> int:
     """Set up, train, and write run_dir/summary.json and progress.png. Returns the exit code."""
     model_directory(config.model.path)
     config.model.path = model_path(config.model.path)
+    speculation = config.engine.speculation
+    if speculation.draft_model is not None:
+        speculation.draft_model = model_path(speculation.draft_model)
     run_dir = run_directory(config.run_dir)
     config.journal.dsn = absolute_dsn(config.journal.dsn)
     check_same_run(config, run_dir)

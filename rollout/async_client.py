@@ -10,6 +10,7 @@ from typing import Any
 
 from rollout.client import MAX_GROUPS_PER_CALL, POLL_S, REPEATABLE, ProgressCallback
 from rollout.errors import LongrollError, ServiceLost, SyncRefused, UnknownHandle
+from rollout.feed import Feed, FeedQuery
 from rollout.fleet import ServiceStats, SyncReport
 from rollout.handles import Delivery, Progress, RolloutHandle
 from rollout.reading import Reader, Reading
@@ -171,6 +172,11 @@ class AsyncRolloutClient:
     async def stats(self) -> ServiceStats:
         stats: ServiceStats = await self._call("stats")
         return stats
+
+    async def feed(self, query: FeedQuery | None = None) -> Feed:
+        """What a dashboard shows; see RolloutClient.feed."""
+        feed: Feed = await self._call("feed", query)
+        return feed
 
     async def drain(self, group: int) -> None:
         """Give a group nothing more; see RolloutClient.drain."""

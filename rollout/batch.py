@@ -85,6 +85,7 @@ class MicroBatch:
         advantages: float32 [B, 1].
         versions: int64 [B, T], weight version each output token was sampled under, 0 elsewhere.
         routing: For each row where the experts of its tokens lie, in order; nothing where they were not captured.
+        seeds: int64 [B], keys of the noise that the rows were sampled with.
     """
 
     input_ids: torch.Tensor
@@ -95,6 +96,7 @@ class MicroBatch:
     advantages: torch.Tensor
     versions: torch.Tensor
     routing: tuple[tuple[RoutingRef, ...], ...]
+    seeds: torch.Tensor
 
     @property
     def targets(self) -> torch.Tensor:
@@ -226,6 +228,7 @@ def pad(samples: Sequence[Sample]) -> MicroBatch:
         advantages=torch.tensor([[s.advantage] for s in samples], dtype=torch.float32),
         versions=torch.zeros(len(samples), length - first, dtype=torch.int64),
         routing=tuple(s.trajectory.routed_experts for s in samples),
+        seeds=torch.tensor([s.trajectory.seed for s in samples]),
     )
     for row, sample in enumerate(samples):
         t = sample.trajectory
@@ -251,6 +254,7 @@ def empty_micro_batch() -> MicroBatch:
         advantages=torch.zeros(1, 1),
         versions=torch.zeros(1, 1, dtype=torch.int64),
         routing=((),),
+        seeds=torch.zeros(1, dtype=torch.int64),
     )
 
 

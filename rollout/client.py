@@ -13,8 +13,10 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from rollout.errors import LongrollError, ServiceLost, SyncRefused, UnknownHandle
+from rollout.feed import Feed, FeedQuery
 from rollout.fleet import ServiceStats, SyncReport
 from rollout.handles import Delivery, Progress, RolloutHandle
+from rollout.mismatch import MismatchReport
 from rollout.reading import Reader, Reading
 from rollout.remote import client_error, find_again
 from rollout.requests import PromptLike, build_request
@@ -26,7 +28,7 @@ from rollout.types import Group, ModelLimits, RolloutRequest, SamplingParams
 
 POLL_S = 30.0
 REPEATABLE = frozenset(
-    {"limits", "stats", "live_version", "num_workers", "served_plans", "acknowledge_groups"}
+    {"limits", "stats", "feed", "note_mismatch", "live_version", "num_workers", "served_plans", "acknowledge_groups"}
     | {"drain", "undrain", "resize"}
 )
 """Calls that do the same when they are made twice, so that the death of a controller in between is nobody's concern."""
@@ -216,6 +218,21 @@ class RolloutClient:
     def stats(self) -> ServiceStats:
         stats: ServiceStats = self._call("stats")
         return stats
+
+    def feed(self, query: FeedQuery | None = None) -> Feed:
+        """What a dashboard shows; bounded whatever the fleet."""
+        feed: Feed = self._call("feed", query)
+        return feed
+
+    def note_mismatch(self, version: int, kl: float, report: MismatchReport | None = None) -> None:
+        """Tell what a training step found comparing sampling with training, for the dashboard.
+
+        Args:
+            version: Of the weights after the step.
+            kl: KL(sampling ‖ training) over the whole step, nats a token.
+            report: The same by cause; None in steps that do not measure it.
+        """
+        self._call("note_mismatch", version, kl, report)
 
     def drain(self, group: int) -> None:
         """Give an expert-parallel group nothing more; returns when what it ran has gone on elsewhere.

@@ -3,7 +3,7 @@
 YAML in conf/ selects and overrides these; an unknown key is an error. Each component receives only
 its own section. Validation that needs one section lives in its `__post_init__`; checks across
 sections live in `launch/compose.py`. What the trainer alone is told is in `rollout/trainer_config.py`, speculation's
-options in `rollout/speculation_config.py`.
+options in `rollout/speculation_config.py`, the HTTP gateway's in `rollout/gateway_config.py`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from enum import Enum
 from typing import Any
 
 from rollout.errors import InvalidRequest, check_positive
+from rollout.gateway_config import GatewayConfig
 from rollout.speculation_config import SpeculationConfig
 from rollout.trainer_config import MismatchConfig, TrainerConfig
 
@@ -310,3 +311,4 @@ class RunConfig:
     workload: WorkloadConfig = field(default_factory=WorkloadConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
+    gateway: GatewayConfig = field(default_factory=GatewayConfig)

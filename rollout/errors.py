@@ -38,7 +38,19 @@ def check_positive(section: str, **values: float) -> None:
 
 
 class QueueFull(LongrollError):
-    """A submission would put more trajectories under way than allowed; nothing was queued."""
+    """A submission would put more trajectories under way than allowed, or wait too long; nothing was queued.
+
+    Args:
+        message: What was asked for, and what is allowed.
+        retry_after_s: When there may be room; None if nobody can tell.
+    """
+
+    def __init__(self, message: str, retry_after_s: float | None = None) -> None:
+        super().__init__(message, retry_after_s)
+        self.retry_after_s = retry_after_s
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 class EngineDead(LongrollError):

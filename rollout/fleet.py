@@ -83,7 +83,10 @@ class ShardInfo:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardStats:
-    """A shard at one moment. `kv_usage` is a share of the KV cache, `kv_usage_max` its peak since the last sync."""
+    """A shard at one moment. `kv_usage` is a share of the KV cache, `kv_usage_max` its peak since the last sync.
+
+    `num_tokens_generated` counts tokens of chunks that ended, `num_tokens_sampled` those of running ones too.
+    """
 
     rank: int
     version: int
@@ -93,6 +96,7 @@ class ShardStats:
     num_tokens_generated: int
     num_preemptions: int
     kv_usage_max: float = 0.0
+    num_tokens_sampled: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -25,6 +25,9 @@ class SpeculationConfig:
     # of one's own, "package.module:Class".
     sources: tuple[str, ...] = ("sibling",)
     draft_model: str | None = None  # directory of the draft model of source clover2
+    # The draft model's tensors come with every publication of weights, so that a trainer can keep it fitted; whoever
+    # publishes must then send them.
+    draft_travels: bool = False
     max_width: int = 4  # nodes in one layer of a tree, 1 to 4; 1 = chains
     max_depth: int = 8  # layers of a tree: tokens that one step can gain beyond its own
     budget_nodes: int = 16  # nodes of one request's tree in a step; more = more tokens a step, and longer steps
@@ -48,3 +51,5 @@ class SpeculationConfig:
             raise InvalidRequest("engine.speculation.sources", list(self.sources), expected)
         if self.enabled and "clover2" in self.sources and self.draft_model is None:
             raise InvalidRequest("engine.speculation.draft_model", None, "a directory, for source clover2")
+        if self.draft_travels and "clover2" not in self.sources:
+            raise InvalidRequest("engine.speculation.draft_travels", True, "source clover2 among the sources")

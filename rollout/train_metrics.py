@@ -67,6 +67,19 @@ class StepSums:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DraftMetrics:
+    """What a draft model's update came to.
+
+    Attributes:
+        loss: Of distillation, mean over the steps.
+        agreement: Share of places where the draft's likeliest token is the policy's, mean over depths and steps.
+    """
+
+    loss: float
+    agreement: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TrainMetrics:
     """One training step. Means are over trained tokens of the global batch, in all its updates.
 
@@ -99,6 +112,7 @@ class TrainMetrics:
         num_failed_trajectories: Trajectories that failed, were aborted or could not be scored.
         num_tokens: Tokens trained on.
         duration_s: Wall clock of the step.
+        draft: Of the draft model that travels; None without one, or where it was not trained.
     """
 
     version: int
@@ -126,6 +140,7 @@ class TrainMetrics:
     num_failed_trajectories: int
     num_tokens: int
     duration_s: float
+    draft: DraftMetrics | None
 
 
 def summarise(
@@ -138,6 +153,7 @@ def summarise(
     duration_s: float,
     knobs: Knobs,
     mismatch: MismatchReport | None,
+    draft: DraftMetrics | None,
 ) -> TrainMetrics:
     """Turn global sums into the record of a step."""
     n = max(sums.num_tokens, 1.0)
@@ -167,4 +183,5 @@ def summarise(
         num_failed_trajectories=selection.num_failed_trajectories,
         num_tokens=int(sums.num_tokens),
         duration_s=duration_s,
+        draft=draft,
     )

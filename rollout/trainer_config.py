@@ -28,6 +28,23 @@ class Reference(str, Enum):
 
 
 @dataclass(kw_only=True)
+class DraftUpdateConfig:
+    """How the draft model that travels with the weights (engine.speculation.draft_travels) follows the policy."""
+
+    num_steps: int = 8  # distillation steps after each training step; 0 = it travels as it was
+    lr: float = 5e-4  # AdamW step size, after a rise over the first 50 steps
+    # Tokens of a step's trajectories, prompts included, of which each rank keeps hidden states and learns; random
+    # trajectories where there are more. A bound on memory: tokens × hidden size × bytes of model.dtype.
+    max_tokens: int = 16384
+    batch_tokens: int = 2048  # padded tokens of one distillation step on one rank; a longer trajectory goes alone
+
+    def __post_init__(self) -> None:
+        check_positive("trainer.draft", lr=self.lr, max_tokens=self.max_tokens, batch_tokens=self.batch_tokens)
+        if self.num_steps < 0:
+            raise InvalidRequest("trainer.draft.num_steps", self.num_steps, "an integer ≥ 0 (0 = it is not trained)")
+
+
+@dataclass(kw_only=True)
 class TrainerConfig:
     """The policy update."""
 
@@ -63,6 +80,7 @@ class TrainerConfig:
     # Use the experts chosen at sampling in every forward of the update (routing replay, R3); the router is trained for
     # them. Needs engine.enable_return_routed_experts. A trajectory whose routing was lost is trained without.
     replay_routing: bool = False
+    draft: DraftUpdateConfig = field(default_factory=DraftUpdateConfig)  # of the draft model, where one travels
     seed: int = 0  # run seed: prompts, rollouts and initial state derive from it
     checkpoint_every: int = 5  # optimizer steps between checkpoints; the last step is always saved
     keep_checkpoints: int = 2  # older ones are deleted

@@ -13,6 +13,7 @@ from typing import Any
 
 from rollout.errors import InvalidRequest
 from rollout.routing import RoutingRef
+from rollout.streaming import TokenStream
 
 
 class FinishReason(str, Enum):
@@ -124,6 +125,7 @@ class Chunk:
         max_tokens: Budget of this chunk.
         seed: Seed of the trajectory (see rollout.seeds).
         sampling: Parameters of the trajectory (its own max_tokens is the total, not this chunk's).
+        stream: Who follows its tokens as they come; None: nobody.
     """
 
     trajectory_id: str
@@ -132,6 +134,22 @@ class Chunk:
     max_tokens: int
     seed: int
     sampling: SamplingParams
+    stream: TokenStream | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DraftCounts:
+    """What speculation came to.
+
+    Attributes:
+        trees: That were verified, one a step at most.
+        nodes: Tokens drafted in them.
+        accepted: Of those, tokens that the target sampled too; a step gives one more than it accepts.
+    """
+
+    trees: int = 0
+    nodes: int = 0
+    accepted: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,6 +166,7 @@ class ChunkResult:
         ttft_s: Seconds from submission to the engine until the first token.
         duration_s: Seconds from submission to the engine until the last token.
         routing: Experts of the rows this chunk adds (see rollout.routing); None when they were not captured.
+        drafts: What speculation came to; None from an engine without it, and after an abort.
     """
 
     trajectory_id: str
@@ -160,6 +179,7 @@ class ChunkResult:
     ttft_s: float = 0.0
     duration_s: float = 0.0
     routing: RoutingRef | None = None
+    drafts: DraftCounts | None = None
 
 
 @dataclass(slots=True, kw_only=True)
@@ -260,6 +280,9 @@ class RolloutRequest:
         priority: Lower is served first.
         run_id: Names the run that these groups belong to. Under the same run and group ids a request that is made
             again, after whatever died, gets what is durable and goes on from there; None: never asked again.
+        stream: Who follows the tokens of a request for one trajectory; None: nobody.
+        max_wait_s: Refuse the request if it is expected to wait longer than this for an engine; None: it may wait.
+        is_interactive: A user waits for it. Its prompts are not remembered: they tell nothing about later visits.
     """
 
     prompts: tuple[Prompt, ...]
@@ -270,8 +293,14 @@ class RolloutRequest:
     reward: str = "none"
     priority: int = 0
     run_id: str | None = None
+    stream: TokenStream | None = None
+    max_wait_s: float | None = None
+    is_interactive: bool = False
 
     def __post_init__(self) -> None:
+        if self.stream is not None and (len(self.prompts), self.n_samples_per_prompt) != (1, 1):
+            got = f"{len(self.prompts)} prompts × {self.n_samples_per_prompt} samples"
+            raise InvalidRequest("stream", got, "one trajectory")
         if self.run_id == "":
             raise InvalidRequest("run_id", "an empty string", "a name, or None")
         if not self.prompts:
@@ -296,8 +325,8 @@ class ModelLimits:
         ids = prompt.token_ids
         if not ids:
             raise InvalidRequest(f"prompt {prompt.prompt_id}", "no tokens", "at least one token")
-        bad = next((t for t in ids if not 0 <= t < self.vocab_size), None)
-        if bad is not None:
+        if min(ids) < 0 or max(ids) >= self.vocab_size:
+            bad = next(t for t in ids if not 0 <= t < self.vocab_size)
             raise InvalidRequest(f"prompt {prompt.prompt_id} token id", bad, f"an id in [0, {self.vocab_size})")
         if len(ids) + sampling.max_tokens > self.max_model_len:
             raise InvalidRequest(

@@ -20,6 +20,7 @@ QUANTIZATIONS = {None: "longroll_plain", "int4": "longroll_int4"}  # vLLM's name
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 CPU_WORKER = "actors.vllm_plugin.worker.KeyedCpuWorker"
 GPU_WORKER = "actors.vllm_plugin.worker.KeyedGpuWorker"
+GPU_TREE_ATTENTION = "actors.vllm_plugin.gpu_tree_attention.TreeTritonBackend"  # vLLM's CUSTOM; CPUs: platform.py
 CPU_SCHEDULER = "actors.vllm_plugin.scheduler.VersionedScheduler"
 GPU_SCHEDULER = "actors.vllm_plugin.scheduler.VersionedAsyncScheduler"
 
@@ -37,10 +38,13 @@ def register() -> None:
     """Entry point `vllm.general_plugins`; safe to call more than once in a process."""
     _die_with_parent()
     _ask_for_amx()
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
     import actors.vllm_plugin.quantization  # noqa: F401  (registers the configurations by being imported)
     from actors.vllm_plugin.patches import install
 
     install()
+    register_backend(AttentionBackendEnum.CUSTOM, GPU_TREE_ATTENTION)
 
 
 def _ask_for_amx() -> None:

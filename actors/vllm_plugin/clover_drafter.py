@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from actors.vllm_plugin.drafting import DraftLimits, DraftRequest
+from actors.vllm_plugin.draft_records import DraftLimits, DraftRequest
 from actors.vllm_plugin.hidden_log import HiddenLog
 from rollout.errors import InvalidRequest
 from rollout.speculation.clover import CloverDraft, TargetLayers

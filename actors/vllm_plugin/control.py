@@ -14,7 +14,7 @@ import os
 import secrets
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Client, Connection, Listener
 from typing import Any
@@ -24,7 +24,7 @@ from rollout.errors import EngineDead, LongrollError
 logger = logging.getLogger(__name__)
 KEY_BYTES = 32
 MAX_CALLS = 8  # at once to one worker; more wait
-NICENESS = 10  # of the threads that serve: on a CPU they share a core with the forward, which comes first
+NICENESS = 10  # added in the thread that does bulk work: on a CPU it shares a core with the forward, which comes first
 
 
 class ControlServer:
@@ -32,10 +32,14 @@ class ControlServer:
 
     Args:
         methods: What may be called, by name. Must be safe to call from several threads.
+        bulk: Names of those that take long and hold nothing that a forward waits for. They run one after another in
+            a thread of low priority. The others keep the process's: one that holds a lock of the forward and is not
+            given a core would stall it for as long as others compute.
     """
 
-    def __init__(self, methods: Mapping[str, Callable[..., Any]]) -> None:
-        self._methods = dict(methods)
+    def __init__(self, methods: Mapping[str, Callable[..., Any]], bulk: Collection[str] = ()) -> None:
+        self._methods, self._bulk = dict(methods), frozenset(bulk)
+        self._patient = ThreadPoolExecutor(1, thread_name_prefix="longroll-bulk", initializer=_lower_priority)
         self._key = secrets.token_bytes(KEY_BYTES)
         self._listener = Listener(None, "AF_UNIX", backlog=MAX_CALLS, authkey=self._key)
         threading.Thread(target=self._accept, name="longroll-control", daemon=True).start()
@@ -55,8 +59,6 @@ class ControlServer:
             threading.Thread(target=self._serve, args=(connection,), name="longroll-control", daemon=True).start()
 
     def _serve(self, connection: Connection) -> None:
-        if sys.platform == "linux":  # where a thread has a priority of its own
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
         with connection:
             while True:
                 try:
@@ -64,12 +66,23 @@ class ControlServer:
                 except (EOFError, OSError):
                     return
                 try:
-                    answer = (True, self._methods[method](*arguments))
+                    answer = (True, self._do(method, arguments))
                 except Exception as error:  # whatever it is, it belongs to the caller
                     if not isinstance(error, LongrollError):
                         logger.exception("control call %s failed", method)
                     answer = (False, error)
                 connection.send(answer)
+
+    def _do(self, method: str, arguments: tuple[Any, ...]) -> Any:
+        if method in self._bulk:
+            return self._patient.submit(self._methods[method], *arguments).result()
+        return self._methods[method](*arguments)
+
+
+def _lower_priority() -> None:
+    if sys.platform == "linux":  # where a thread has a priority of its own
+        thread = threading.get_native_id()
+        os.setpriority(os.PRIO_PROCESS, thread, os.getpriority(os.PRIO_PROCESS, thread) + NICENESS)
 
 
 class ControlLine:

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from actors.vllm_plugin.drafting import DraftDesk, Drafter, DraftLimits, DraftRequest
+from actors.vllm_plugin.draft_records import Drafter, DraftLimits, DraftRequest
+from actors.vllm_plugin.drafting import DraftDesk
 from actors.vllm_plugin.options import PluginOptions
 from rollout.speculation.growth import ScoredTree
 from rollout.speculation.tree import TokenTree

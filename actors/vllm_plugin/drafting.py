@@ -1,7 +1,14 @@
 """Who drafts in a worker: the drafters, the choice among them step by step, and one tree for each request.
 
-Owns the interface of drafters, what was drafted and is not verified yet, and what the governor is told. Knows nothing
-of how trees are verified, and nothing of vLLM.
+Owns what was drafted and is not verified yet, and what the governor is told. Knows nothing of how trees are verified,
+and nothing of vLLM.
+
+What the shard's actor calls while the engine runs (`Shard` has methods of the same names):
+
+- `turn_speculation(sources, always)`: draft with these of the engine's sources only, from the next step on; none of
+  them is no speculation at all, at the cost of an engine that was started with it. `always` drafts with all that the
+  configuration allows in every step, whatever the governor would choose, and tells it nothing meanwhile;
+- `take_speculation()`: the governor's record since it was last taken: choices, acceptance, alarms, seconds lost.
 """
 
 from __future__ import annotations
@@ -10,11 +17,12 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import numpy as np
 import torch
 
+from actors.vllm_plugin.draft_records import Drafter, DraftLimits, DraftRequest, StepSize, Verified
+from rollout.errors import InvalidRequest
 from rollout.governor.governor import Governor
 from rollout.governor.records import OFF, Choice, SourceShare, StepOutcome, StepState
 from rollout.governor.statistics import SpeculationRecord
@@ -28,110 +36,6 @@ DRAFTS_ATTRIBUTE = "longroll_drafts"  # on vLLM's ModelRunnerOutput: request id 
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DraftRequest:
-    """A request that may have a tree in its next step.
-
-    Attributes:
-        request_id: The engine's name of it.
-        token_ids: [n] int32 prompt and output so far, the last one the root of its tree; a view, valid in this step.
-        num_prompt_tokens: How many of them are its trajectory's prompt.
-        seed: Gumbel key.
-        temperature: 0 is greedy.
-        top_k, top_p: None and 1 keep everything.
-        group: Key of its prompt, the same for all members of a group; None if it is on its own.
-        member: Key of the trajectory.
-        max_depth: Layers it has use for, at least 1.
-        budget: Nodes it may have, at least 1.
-    """
-
-    request_id: str
-    token_ids: np.ndarray
-    num_prompt_tokens: int
-    seed: int
-    temperature: float
-    top_k: int | None
-    top_p: float
-    group: str | None
-    member: str | None
-    max_depth: int
-    budget: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DraftLimits:
-    """What a tree may have in this step.
-
-    Attributes:
-        max_width, max_depth: Nodes of a layer, and layers.
-    """
-
-    max_width: int
-    max_depth: int
-
-
-class Drafter(Protocol):
-    """Proposes trees; the step waits for it.
-
-    Attributes:
-        needs_hidden: It wants the target's hidden states, by `take_hidden`.
-    """
-
-    needs_hidden: bool
-
-    def propose(self, requests: Sequence[DraftRequest], limits: DraftLimits) -> Sequence[ScoredTree]:
-        """One tree for each request, empty where it has no idea."""
-        ...
-
-    def take_hidden(
-        self, request_ids: Sequence[str], counts: np.ndarray, first: np.ndarray, rows: torch.Tensor
-    ) -> None:
-        """What the target computed in a step.
-
-        Args:
-            request_ids: b of them.
-            counts: [b] rows of each.
-            first: [b] position of its first row; the others follow it.
-            rows: [sum of counts, H] states after the final norm.
-        """
-        ...
-
-    def learn(self, request: DraftRequest) -> None:
-        """What a request has said so far, now and then while it is not drafted for."""
-        ...
-
-    def end(self, request: DraftRequest) -> None:
-        """All that a request has said: it has ended."""
-        ...
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Verified:
-    """A step that ran.
-
-    Attributes:
-        num_sequences: Requests in it.
-        context_tokens: KV that they read, summed.
-        rows: Rows sampled from.
-        num_tokens: Tokens emitted.
-        has_prefill: Something was prefilled in it.
-        version: Of the weights.
-        peer_rows: Of the other ranks of the group.
-        trees: Of the requests that had one, by id, with what was accepted.
-        is_continued: The step before it ended with requests that go on in this one, so that the time between is a step.
-    """
-
-    num_sequences: int
-    context_tokens: int
-    rows: int
-    num_tokens: int
-    has_prefill: bool
-    version: int
-    peer_rows: int
-    trees: Sequence[tuple[str, TokenTree, Accepted]]
-    is_continued: bool
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class _Pending:
     """A tree on its way to be verified."""
 
@@ -140,7 +44,7 @@ class _Pending:
 
 
 class DraftDesk:
-    """Asks the drafters for trees. Used by one thread, but for `take_record`.
+    """Asks the drafters for trees. Used by one thread, but for what `methods` serves.
 
     Args:
         config: Limits and sources.
@@ -164,22 +68,30 @@ class DraftDesk:
         self._sources = tuple(sorted(self._drafters))
         self._bits = {source: 1 << place for place, source in enumerate(self._sources)}
         self._governor = Governor(config) if config.governor else None
-        self._fixed = Choice(
-            shares=tuple(SourceShare(source=source, num_nodes=config.budget_nodes) for source in self._sources),
-            budget_nodes=config.budget_nodes,
-            max_depth=config.max_depth,
-            max_width=config.max_width,
-        )
         self._lock = threading.Lock()
         self._pending: dict[str, _Pending] = {}
+        self._num_unanswered = 0  # requests of the step to come that nobody had a node for
         self._choice = OFF  # made the drafts that are pending
         self._draft_s: dict[str, float] = {}
         self._ended_at: float | None = None
-        self._is_on = True
+        self._turned_on = self._sources
+        self._is_governed = self._was_governed = self._governor is not None  # the latter: when it was last chosen
 
-    def turn(self, on: bool) -> None:
-        """Draft from the next step on, or no more; what was drafted is verified. From any thread."""
-        self._is_on = on
+    def turn(self, sources: Sequence[str], always: bool = False) -> None:
+        """Draft with these sources only from the next step on; none: not at all. From any thread.
+
+        Args:
+            sources: Of those that the engine was started with.
+            always: With all that the configuration allows, whatever the governor would choose.
+
+        Raises:
+            InvalidRequest: The engine was started without one of them.
+        """
+        unknown = sorted(set(sources) - set(self._drafters))
+        if unknown:
+            raise InvalidRequest("sources of drafts", unknown, f"some of {', '.join(self._sources)}")
+        self._turned_on = tuple(sorted(sources))
+        self._is_governed = self._governor is not None and not always
 
     @property
     def needs_hidden(self) -> bool:
@@ -212,63 +124,82 @@ class DraftDesk:
         """Tell the governor what became of a step, and of the trees in it."""
         ended_at, began_at = self._clock(), self._ended_at
         self._ended_at = ended_at
+        answered = [(self._pending.pop(request_id), tree, walked) for request_id, tree, walked in step.trees]
+        unanswered, self._num_unanswered = self._num_unanswered, 0
         governor = self._governor
-        if governor is None:
-            for request_id, _, _ in step.trees:
-                self._pending.pop(request_id, None)
+        if governor is None or not self._was_governed:
             return
-        tally = None
-        if step.trees:
-            tally = StepTally(self._config.max_depth)
-            for request_id, tree, accepted in step.trees:
-                pending = self._pending.pop(request_id)
-                names = [self._name(bits) for bits in pending.scored.sources[: tree.num_nodes].tolist()]
-                tally.add(pending.asked, tree.parents.tolist(), names, accepted.rows)
-                governor.requests.learn(request_id, accepted.num_drafted)
+        for request_id, _, walked in step.trees:
+            governor.requests.learn(request_id, walked.num_drafted)
         if began_at is None or not step.is_continued:
             return
+        tally = self._tally(answered, unanswered)
         outcome = StepOutcome(
             choice=self._choice if tally is not None else OFF,
-            num_sequences=step.num_sequences,
+            num_sequences=step.size.sequences,
             context_tokens=step.context_tokens,
             version=step.version,
-            rows=step.rows,
+            rows=step.size.rows,
             num_tokens=step.num_tokens,
             step_s=ended_at - began_at,
             draft_s=tuple(self._draft_s.items()),
-            has_prefill=step.has_prefill,
+            has_prefill=step.size.has_prefill or step.peers.has_prefill,
             tally=tally,
-            peer_sequences=step.peer_rows,
-            peer_rows=step.peer_rows,
+            peer_sequences=step.peers.sequences,
+            peer_rows=step.peers.rows,
         )
         with self._lock:
             governor.observe(outcome)
 
-    def choose(self, num_sequences: int, context_tokens: int, version: int, peer_rows: int) -> Choice:
-        """How to draft for the next step."""
+    def _tally(self, answered: Sequence[tuple[_Pending, TokenTree, Accepted]], num_unanswered: int) -> StepTally | None:
+        """What the drafts of a step came to; None if nobody was asked for any."""
+        if not answered and not num_unanswered:
+            return None
+        tally = StepTally(self._config.max_depth)
+        for pending, tree, walked in answered:
+            names = [self._name(bits) for bits in pending.scored.sources[: tree.num_nodes].tolist()]
+            tally.add(pending.asked, tree.parents.tolist(), names, walked.rows)
+        for _ in range(num_unanswered):
+            tally.add(self._choice.sources, (), (), (0,))
+        return tally
+
+    def choose(self, num_sequences: int, context_tokens: int, version: int, peers: StepSize) -> Choice:
+        """How to draft for the next step, with peers as they were in the last one."""
         self._draft_s = {}
         self._choice = OFF
-        if not num_sequences or not self._is_on:
+        self._was_governed = self._is_governed
+        sources = self._turned_on
+        if not num_sequences or not sources:
             return OFF
-        if self._governor is None:
-            self._choice = self._fixed
+        if self._governor is None or not self._was_governed:
+            self._choice = self._fixed(sources)
             return self._choice
         state = StepState(
             num_sequences=num_sequences,
             context_tokens=context_tokens,
-            sources=self._sources,
+            sources=sources,
             version=version,
-            peer_sequences=peer_rows,
-            peer_rows=peer_rows,
+            peer_sequences=peers.sequences,
+            peer_rows=peers.rows,
         )
         with self._lock:
             self._choice = self._governor.choose(state)
         return self._choice
 
+    def _fixed(self, sources: Sequence[str]) -> Choice:
+        """All that the configuration allows."""
+        config = self._config
+        return Choice(
+            shares=tuple(SourceShare(source=source, num_nodes=config.budget_nodes) for source in sources),
+            budget_nodes=config.budget_nodes,
+            max_depth=config.max_depth,
+            max_width=config.max_width,
+        )
+
     def budgets(self, request_ids: Sequence[str]) -> list[int]:
         """Nodes for each request under the choice made; as many as fit a step."""
         most = min(self._choice.budget_nodes, self._max_nodes // max(1, len(request_ids)))
-        if self._governor is None:
+        if self._governor is None or not self._was_governed:
             return [most] * len(request_ids)
         return [min(most, budget) for budget in self._governor.budgets(self._choice, request_ids)]
 
@@ -293,10 +224,12 @@ class DraftDesk:
             best = offered[0]
             if len(offered) > 1:
                 best = merge(offered, max_width=choice.max_width, budget=request.budget)
+            best = _not_deeper(best, request.max_depth)
             if best.num_nodes:
                 best.tree.check(max_width=choice.max_width, budget=request.budget, vocab_size=self._vocab_size)
                 self._pending[request.request_id] = _Pending(scored=best, asked=choice.sources)
                 trees[request.request_id] = best.tree
+        self._num_unanswered = len(requests) - len(trees)
         return trees
 
     def learn(self, request: DraftRequest) -> None:
@@ -311,6 +244,12 @@ class DraftDesk:
         for drafter in self._drafters.values():
             if drafter.needs_hidden:
                 drafter.take_hidden(request_ids, counts, first, rows)
+
+    @property
+    def draft_model(self) -> torch.nn.Module | None:
+        """The draft model of the drafter that has one."""
+        found = (getattr(drafter, "draft", None) for drafter in self._drafters.values())
+        return next((draft for draft in found if draft is not None), None)
 
     def methods(self) -> dict[str, Callable[..., object]]:
         """What is served to the shard's actor, by name; from any thread."""
@@ -328,6 +267,22 @@ class DraftDesk:
     def _name(self, bits: int) -> str:
         """The source that a node counts for: the first of those that proposed it."""
         return self._sources[(bits & -bits).bit_length() - 1]
+
+
+def _not_deeper(scored: ScoredTree, max_depth: int) -> ScoredTree:
+    """Without the layers that the request has no use for: what is accepted in them would not be sampled in the end."""
+    tree = scored.tree
+    if tree.depth <= max_depth:
+        return scored
+    kept = tree.depths[1:] <= max_depth
+    row = np.concatenate([[0], kept.cumsum()]).astype(
+        np.int32
+    )  # of the smaller tree; parents are kept with their nodes
+    return ScoredTree(
+        tree=TokenTree(tokens=tree.tokens[kept], parents=row[tree.parents[kept]]),
+        scores=scored.scores[kept],
+        sources=scored.sources[kept],
+    )
 
 
 def _marked(scored: ScoredTree, bit: int) -> ScoredTree:

@@ -112,6 +112,20 @@ def live_weights(model: torch.nn.Module, plans: Mapping[str, TensorPlan]) -> lis
     return weights
 
 
+def draft_weights(draft: torch.nn.Module, plans: Mapping[str, TensorPlan], prefix: str) -> list[LiveWeight]:
+    """The tensors of a draft model, by the names they travel under.
+
+    Args:
+        draft: Its parameters are plain.
+        plans: Of all of them.
+        prefix: Of the names.
+    """
+    return [
+        LiveWeight(plans=(plans[prefix + name],), slot=Slot(names=(prefix + name,), live=(tensor.detach(),)))
+        for name, tensor in draft.state_dict().items()
+    ]
+
+
 def _served_names(model: torch.nn.Module, weights: list[LiveWeight]) -> set[str]:
     """Names of what this rank holds, and of the experts of other ranks."""
     experts = (getattr(module, "longroll_names", ()) for module in model.modules())

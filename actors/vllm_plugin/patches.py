@@ -2,8 +2,9 @@
 
 1. `vllm.v1.worker.dp_utils._run_ar`: before every forward, dummy ones too, the data-parallel ranks
    all-reduce a small tensor. It gets one more row, in which each rank says which weight version it is
-   ready for; the minimum is the version that all of them run this forward under. No upstream issue asks
-   for a hook here; delete when vLLM lets a worker add to that message.
+   ready for; the minimum is the version that all of them run this forward under. Two more say how many
+   requests and sampled rows a rank that speculates brings. No upstream issue asks for a hook here; delete
+   when vLLM lets a worker add to that message.
 2. `vllm.v1.engine.core.EngineCore._attach_weight_version`: labels outputs with the version that was set
    through a pause. A version that changes between two steps must come with the step's own output, so the
    scheduler's is taken (https://github.com/vllm-project/vllm/issues/54443: ambiguous version of a request
@@ -22,6 +23,8 @@ from vllm.distributed.parallel_state import get_dp_group
 from vllm.v1.engine.core import EngineCore
 from vllm.v1.worker import dp_utils
 
+from actors.vllm_plugin.draft_records import StepSize
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ballot:
@@ -37,7 +40,8 @@ class Ballot:
 
 
 _ballot: Ballot | None = None
-_rows: list[int] = []  # of every rank in the last forward that they agreed on
+_announced = (0, 0)  # requests and sampled rows of this rank in the next forward; dummy ones have none
+_sizes: list[StepSize] = []  # of every rank in the last forward that they agreed on
 
 
 def set_ballot(ballot: Ballot | None) -> None:
@@ -49,9 +53,20 @@ def set_ballot(ballot: Ballot | None) -> None:
     _ballot = ballot
 
 
-def rows_of_peers(rank: int) -> int:
-    """Rows of the other data-parallel ranks in the forward that was last agreed on."""
-    return sum(_rows) - _rows[rank] if _rows else 0
+def announce(sequences: int, rows: int) -> None:
+    """Let the other ranks know how many requests and sampled rows this one has in its next forward."""
+    global _announced
+    _announced = sequences, rows
+
+
+def size_of_peers(rank: int) -> StepSize:
+    """What the other data-parallel ranks had in the forward that was last agreed on."""
+    peers = [size for place, size in enumerate(_sizes) if place != rank]
+    return StepSize(
+        sequences=sum(size.sequences for size in peers),
+        rows=sum(size.rows for size in peers),
+        has_prefill=any(size.has_prefill for size in peers),
+    )
 
 
 def install() -> None:
@@ -67,7 +82,8 @@ def _coordinate_with_vote(
     cudagraph_mode: int,
     parallel_config: Any,
 ) -> torch.Tensor:
-    """vLLM's exchange between data-parallel ranks (one column each), with the vote as its last row."""
+    """vLLM's exchange between data-parallel ranks (one column each); the vote and the step's size are its last rows."""
+    global _announced
     device, group = dp_utils._get_device_and_group(parallel_config)
     size = parallel_config.data_parallel_size
     mine = (
@@ -76,7 +92,9 @@ def _coordinate_with_vote(
         int(should_ubatch),
         cudagraph_mode,
         0 if _ballot is None else _ballot.vote(),
+        *_announced,
     )
+    _announced = (0, 0)
     exchange = getattr(get_dp_group().device_communicator, "exchange", None)  # of our CPU communicator, on one host
     if exchange is not None:
         said = exchange.gather_rows([torch.tensor([mine], dtype=torch.int32)], [1] * size)[0].T
@@ -85,7 +103,10 @@ def _coordinate_with_vote(
         said[:, parallel_config.data_parallel_rank] = torch.tensor(mine, dtype=torch.int32)
         said = said.to(device)
         dist.all_reduce(said, group=group)
-    _rows[:] = said[0].tolist()
+    _sizes[:] = [
+        StepSize(sequences=sequences, rows=rows, has_prefill=sequences > 0 and tokens != rows)
+        for tokens, _, _, _, _, sequences, rows in said.T.tolist()
+    ]
     if _ballot is not None:
         _ballot.settle(int(said[4].min()))
     return said[:4]

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.metrics.stats import RequestSpecDecodeMetrics
 from vllm.v1.request import RequestStatus
 
 from actors.vllm_plugin.drafting import DRAFTS_ATTRIBUTE
@@ -35,6 +36,13 @@ class VersionMixin:
         options = PluginOptions.of(self.vllm_config)  # type: ignore[attr-defined]
         self.weight_version: int = options.initial_version
         self._recompute_kv = options.recompute_kv
+        self._speculation = options.speculation
+
+    def add_request(self, request: Request) -> None:
+        super().add_request(request)  # type: ignore[misc]
+        if self._speculation is not None:
+            # As vLLM does for the drafts that it makes itself: counts that come with the request's last output.
+            request.spec_decode_metrics = RequestSpecDecodeMetrics.new(self._speculation.max_depth)
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
         version = getattr(model_runner_output, VERSION_ATTRIBUTE, None)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from actors.vllm_plugin.drafting import DraftLimits, DraftRequest
+from actors.vllm_plugin.draft_records import DraftLimits, DraftRequest
 from rollout.speculation.growth import ScoredTree
 from rollout.speculation.histories import MAX_CONTEXT
 from rollout.speculation.suffix import SiblingIndex, SiblingTokens

@@ -35,7 +35,8 @@ class TreeGroup:
         keys: [t * K * D * P] int64 rows of block_size elements.
         values: [t * K * P] int64 rows of block_size · D elements.
         tail: First position that some row does not see.
-        bias: [t, 1, 1, R, L - tail] float32: 0 where a row sees a position from there on, else -inf.
+        is_hidden: [t, 1, 1, R, L - tail] bool: the row does not see the position.
+        is_unused: [t, 1, L - tail, 1] bool: the position is none of the request's; what lies there may be NaN.
     """
 
     rows: torch.Tensor
@@ -44,7 +45,8 @@ class TreeGroup:
     keys: torch.Tensor
     values: torch.Tensor
     tail: int
-    bias: torch.Tensor
+    is_hidden: torch.Tensor
+    is_unused: torch.Tensor
 
 
 def plan_trees(
@@ -71,6 +73,8 @@ def plan_trees(
         height = masks.shape[1]
         num_blocks = -(-int(ends.max()) // block_size)
         offset = np.arange(height)
+        tail = int(bases.min()) + 1
+        offset_from_root = np.arange(tail, num_blocks * block_size) - bases[:, None]
         rows = (batch.starts[places[part] + 1] - counts)[:, None] + np.minimum(offset, counts[:, None] - 1)
         kept = (offset < counts[:, None]).ravel().nonzero()[0]
         blocks: np.ndarray = block_table[places[part], :num_blocks].astype(np.int64)
@@ -85,22 +89,21 @@ def plan_trees(
                 targets=torch.from_numpy(rows.ravel()[kept]),
                 keys=torch.from_numpy(lines.ravel()),
                 values=torch.from_numpy((pages + 1).ravel()),
-                tail=int(bases.min()) + 1,
-                bias=torch.from_numpy(_bias(masks, bases, int(bases.min()) + 1, num_blocks * block_size)),
+                tail=tail,
+                is_hidden=torch.from_numpy(~_visible(masks, offset_from_root)[:, None, None]),
+                is_unused=torch.from_numpy((offset_from_root >= counts[:, None])[:, None, :, None]),
             )
         )
     return groups
 
 
-def _bias(masks: np.ndarray, bases: np.ndarray, tail: int, length: int) -> np.ndarray:
-    """[t, 1, 1, R, length - tail] of masks [t, R, R] over the slots from each base on."""
+def _visible(masks: np.ndarray, offset: np.ndarray) -> np.ndarray:
+    """[t, R, n] bool: which rows see positions at these offsets [t, n] from the root, of masks [t, R, R]."""
     count, height, _ = masks.shape
     # One column more than there are rows: what follows the last row is seen by nobody.
     seen = np.concatenate([masks, np.zeros((count, height, 1), dtype=bool)], axis=2)
     seen[:, :, 0] = True  # the root; what precedes it is looked up as it is
-    column = np.clip(np.arange(tail, length) - bases[:, None], 0, height)
-    visible = np.take_along_axis(seen, column[:, None], axis=2)
-    return np.where(visible, np.float32(0), np.float32(-np.inf))[:, None, None]
+    return np.take_along_axis(seen, np.clip(offset, 0, height)[:, None], axis=2)
 
 
 def _parts(lengths: np.ndarray, width: int) -> Iterator[slice]:
@@ -130,15 +133,16 @@ def attend_trees(
     head_dim = width // 2
     lines, pages = kv_cache.view(-1, block_size), kv_cache.view(-1, block_size * head_dim)
     for group in groups:
-        count, height = group.bias.shape[0], group.bias.shape[3]
+        count, height = group.is_hidden.shape[0], group.is_hidden.shape[3]
         matrices = count * num_kv_heads
-        tiled = query.index_select(0, group.rows).mul_(scale).view(count, height, num_kv_heads, -1, head_dim)
-        tiled = tiled.permute(0, 2, 3, 1, 4).reshape(matrices, -1, head_dim).float()
+        tiled = query.index_select(0, group.rows).float().mul_(scale).view(count, height, num_kv_heads, -1, head_dim)
+        tiled = tiled.permute(0, 2, 3, 1, 4).reshape(matrices, -1, head_dim)
         keys = lines.index_select(0, group.keys).view(matrices, head_dim, -1).float()
         scores = torch.bmm(tiled, keys)
         by_row = scores.view(count, num_kv_heads, -1, height, scores.shape[2])
-        by_row[..., group.tail :].add_(group.bias)
+        by_row[..., group.tail :].masked_fill_(group.is_hidden, -torch.inf)
         values = pages.index_select(0, group.values).view(matrices, -1, head_dim).float()
+        values.view(count, num_kv_heads, -1, head_dim)[:, :, group.tail :].masked_fill_(group.is_unused, 0.0)
         result = torch.bmm(scores.softmax(-1), values).view(count, num_kv_heads, -1, height, head_dim)
         result = result.permute(0, 3, 1, 2, 4).reshape(count * height, -1, head_dim)
         if group.kept is not None:

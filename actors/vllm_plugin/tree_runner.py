@@ -14,21 +14,29 @@ Then new trees are asked for and sent along with the step's output. Knows nothin
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
-from vllm.v1.outputs import LogprobsTensors, SamplerOutput
-from vllm.v1.sample.logits_processor import LogitsProcessors
+from vllm.v1.outputs import SamplerOutput
 from vllm.v1.sample.metadata import SamplingMetadata
 
 from actors.vllm_plugin import GROUP_KEY, MEMBER_KEY, PROMPT_KEY
+from actors.vllm_plugin.draft_records import DraftRequest, StepSize, Verified
 from actors.vllm_plugin.drafters import make_desk
-from actors.vllm_plugin.drafting import DRAFTS_ATTRIBUTE, DraftDesk, DraftRequest, Verified
-from actors.vllm_plugin.patches import rows_of_peers
+from actors.vllm_plugin.drafting import DRAFTS_ATTRIBUTE, DraftDesk
+from actors.vllm_plugin.patches import announce, size_of_peers
 from actors.vllm_plugin.runner import keyed_sample, seed_of
+from actors.vllm_plugin.tree_sampling import (
+    by_row,
+    can_speculate,
+    emitted,
+    has_processors,
+    is_stop,
+    put_rows,
+    until_stop,
+)
 from actors.vllm_plugin.trees import TreeBatch
 from rollout.speculation.tree import TokenTree
 from rollout.speculation.walk import Accepted, walk_batch
@@ -73,9 +81,12 @@ class TreeRunnerMixin:
     def _prepare_inputs(self, scheduler_output: Any, num_scheduled_tokens: np.ndarray) -> Any:
         prepared = super()._prepare_inputs(scheduler_output, num_scheduled_tokens)  # type: ignore[misc]
         self._trees = self._take_trees(scheduler_output.scheduled_spec_decode_tokens)
+        num_sequences = self.input_batch.num_reqs  # type: ignore[attr-defined]
         if self._trees is None:
+            announce(num_sequences, num_sequences)
             return prepared
-        rows, _, positions = self._trees.sampled_rows()
+        announce(num_sequences, int(self._trees.num_rows.sum()))
+        rows, _, positions = self._trees.sampled_rows
         indices = torch.from_numpy(rows).to(self.device)  # type: ignore[attr-defined]
         self.positions[indices] = torch.from_numpy(positions).to(self.device)  # type: ignore[attr-defined]
         self._logits_indices = indices
@@ -134,17 +145,21 @@ class TreeRunnerMixin:
         if logits is None:
             raise RuntimeError("speculation: got no logits, expected pipeline parallelism to be off")
         sampled = self._sample_rows(logits, trees)
-        self._accepted = walk_batch(trees.trees, sampled.sampled_token_ids[:, 0].cpu().numpy())
+        ids = self.input_batch.req_ids  # type: ignore[attr-defined]
+        walks = walk_batch(trees.trees, sampled.sampled_token_ids[:, 0].cpu().numpy())
+        self._accepted = [
+            until_stop(one, self.requests[request_id].sampling_params)  # type: ignore[attr-defined]
+            for request_id, one in zip(ids, walks, strict=True)
+        ]
         slots = self.input_batch.block_table[0].slot_mapping.gpu  # type: ignore[attr-defined]
         moved, target_slots = trees.move(self._accepted, slots)
         if len(moved):
             self.kv_moved(moved, target_slots)  # type: ignore[attr-defined]
-        ids = self.input_batch.req_ids  # type: ignore[attr-defined]
         for request_id, tree, walked in zip(ids, trees.trees, self._accepted, strict=True):
             if tree.num_nodes:
                 self._verified_trees.append((request_id, tree, walked))
                 self.kv_rejected(request_id, tree.num_nodes - walked.num_drafted)  # type: ignore[attr-defined]
-        return _emitted(self._accepted, trees, sampled)
+        return emitted(self._accepted, trees, sampled)
 
     def _draft(self, desk: DraftDesk, state: Any) -> dict[str, list[int]]:
         """Tell the desk of the step that was just sampled; draft tokens for the next one, by request."""
@@ -159,22 +174,20 @@ class TreeRunnerMixin:
         nodes = sum(tree.num_nodes for _, tree, _ in self._verified_trees)
         num_tokens = int(is_going_on.sum()) + sum(walked.num_drafted for _, _, walked in self._verified_trees)
         context_tokens, version = int(lengths.sum()), self._weight_version()
-        peer_rows = rows_of_peers(self.parallel_config.data_parallel_rank)  # type: ignore[attr-defined]
+        peers = size_of_peers(self.parallel_config.data_parallel_rank)  # type: ignore[attr-defined]
         desk.verified(
             Verified(
-                num_sequences=count,
+                size=StepSize(sequences=count, rows=count + nodes, has_prefill=scheduled != count + nodes),
+                peers=peers,
                 context_tokens=context_tokens,
-                rows=count + nodes,
                 num_tokens=num_tokens,
-                has_prefill=scheduled != count + nodes,
                 version=version,
-                peer_rows=peer_rows,
                 trees=self._verified_trees,
                 is_continued=not self._last_ids.isdisjoint(ids),
             )
         )
         self._last_ids = frozenset(ids)
-        choice = desk.choose(int(is_going_on.sum()), context_tokens, version, peer_rows)
+        choice = desk.choose(int(is_going_on.sum()), context_tokens, version, peers)
         if choice.is_off:
             self._let_learn(desk)
             return {}
@@ -195,7 +208,7 @@ class TreeRunnerMixin:
         params, num_tokens = state.sampling_params, int(batch.num_tokens_no_spec[place])
         room = min(params.max_tokens - len(state.output_token_ids), self.max_model_len - num_tokens)  # type: ignore[attr-defined]
         tokens = batch.token_ids_cpu[place, :num_tokens]
-        if room < 2 or int(tokens[-1]) in params.all_stop_token_ids or not can_speculate(params):
+        if room < 2 or is_stop(int(tokens[-1]), params) or not can_speculate(params):
             return None
         return draft_request(request_id, state, tokens, max_depth=room - 1, budget=budget)
 
@@ -239,18 +252,18 @@ class TreeRunnerMixin:
         batch.update_async_output_token_ids()
         metadata: SamplingMetadata = batch.sampling_metadata
         device = logits.device
-        _, owners, _ = trees.sampled_rows()
+        _, owners, _ = trees.sampled_rows
         owner = torch.from_numpy(owners).to(device)
         positions = (self.positions[self._logits_indices] + 1).to(torch.int64)  # type: ignore[attr-defined]
         seeds = self._seeds(device)  # type: ignore[attr-defined]
         logits = logits.to(torch.float32)
         counts = trees.num_rows
         first = torch.from_numpy(counts.cumsum() - counts).to(device)
-        if _has_processors(metadata):
+        if has_processors(metadata):
             logits[first] = self.sampler.apply_logits_processors(logits[first], metadata, False)  # type: ignore[attr-defined]
         sampled = keyed_sample(
             logits,
-            _by_row(metadata, owner),
+            by_row(metadata, owner),
             seeds=seeds[owner],
             positions=positions,
             sampler=self.sampler,  # type: ignore[attr-defined]
@@ -263,13 +276,8 @@ class TreeRunnerMixin:
                 positions=positions[first],
                 sampler=self.sampler,  # type: ignore[attr-defined]
             )
-            _put(sampled, first, alone)
+            put_rows(sampled, first, alone)
         return sampled
-
-
-def _kept(rows: torch.Tensor) -> torch.Tensor:
-    """Rows that the next forward does not overwrite: graphs on CUDA write theirs where they wrote them before."""
-    return rows.clone() if rows.is_cuda else rows
 
 
 def draft_request(request_id: str, state: Any, tokens: np.ndarray, *, max_depth: int, budget: int) -> DraftRequest:
@@ -291,74 +299,6 @@ def draft_request(request_id: str, state: Any, tokens: np.ndarray, *, max_depth:
     )
 
 
-def can_speculate(params: Any) -> bool:
-    """Whether nothing but the last token's logits, temperature, top-k and top-p decides what a request draws."""
-    return not (
-        params.presence_penalty
-        or params.frequency_penalty
-        or params.repetition_penalty != 1.0
-        or params.min_p
-        or params.min_tokens
-        or params.bad_words
-        or params.logit_bias
-        or params.allowed_token_ids
-        or params.structured_outputs
-        or params.thinking_token_budget is not None
-        or params.prompt_logprobs is not None
-    )
-
-
-def _has_processors(metadata: SamplingMetadata) -> bool:
-    """Whether logits processors would change anything."""
-    holder = metadata.thinking_budget_state_holder
-    return bool(
-        not metadata.no_penalties
-        or metadata.bad_words_token_ids
-        or metadata.allowed_token_ids_mask is not None
-        or (holder is not None and holder.has_tracked_requests())
-        or any(
-            getattr(processor, "biases", None) or getattr(processor, "min_toks", None)
-            for processor in metadata.logitsprocs.non_argmax_invariant
-        )
-    )
-
-
-def _put(sampled: SamplerOutput, rows: torch.Tensor, others: SamplerOutput) -> None:
-    """Overwrite rows of an output by those of another one."""
-    sampled.sampled_token_ids[rows] = others.sampled_token_ids
-    if sampled.logprobs_tensors is not None and others.logprobs_tensors is not None:
-        for mine, theirs in zip(sampled.logprobs_tensors[:3], others.logprobs_tensors[:3], strict=True):
-            mine[rows] = theirs
-
-
-def _by_row(metadata: SamplingMetadata, owner: torch.Tensor) -> SamplingMetadata:
-    """The metadata of B requests as that of S rows, as far as keyed sampling reads it."""
-
-    def spread(values: torch.Tensor | None) -> torch.Tensor | None:
-        return None if values is None else values[owner]
-
-    return replace(
-        metadata,
-        logitsprocs=LogitsProcessors(),
-        temperature=spread(metadata.temperature),
-        top_p=spread(metadata.top_p),
-        top_k=spread(metadata.top_k),
-    )
-
-
-def _emitted(accepted: Sequence[Accepted], trees: TreeBatch, sampled: SamplerOutput) -> SamplerOutput:
-    """What vLLM takes: [B, most] tokens padded with -1, and log-probabilities of all B × most places, flat."""
-    most = max(len(walked.tokens) for walked in accepted)
-    tokens: np.ndarray = np.full((len(accepted), most), -1, dtype=np.int32)
-    places: np.ndarray = np.zeros((len(accepted), most), dtype=np.int64)
-    start = 0
-    for request, (walked, tree) in enumerate(zip(accepted, trees.trees, strict=True)):
-        tokens[request, : len(walked.tokens)] = walked.tokens
-        places[request, : len(walked.rows)] = np.array(walked.rows) + start
-        start += tree.num_rows
-    device = sampled.sampled_token_ids.device
-    logprobs = sampled.logprobs_tensors
-    if logprobs is not None:
-        flat = torch.from_numpy(places.ravel()).to(device)
-        logprobs = LogprobsTensors(*(tensor[flat] for tensor in logprobs[:3]))
-    return SamplerOutput(sampled_token_ids=torch.from_numpy(tokens).to(device), logprobs_tensors=logprobs)
+def _kept(rows: torch.Tensor) -> torch.Tensor:
+    """Rows that the next forward does not overwrite: graphs on CUDA write theirs where they wrote them before."""
+    return rows.clone() if rows.is_cuda else rows

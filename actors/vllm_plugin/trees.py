@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,7 @@ class Written:
     kv_cache: torch.Tensor
 
 
-@dataclass(slots=True, kw_only=True)
+@dataclass(kw_only=True)
 class TreeBatch:
     """Trees of the B requests of a step, in batch order; a request without a draft has the empty tree.
 
@@ -47,17 +48,18 @@ class TreeBatch:
     bases: np.ndarray
     written: list[Written] = field(default_factory=list)
 
-    @property
+    @cached_property
     def num_rows(self) -> np.ndarray:
         """[B] rows that are sampled from: 1 without a tree."""
         return np.fromiter((tree.num_rows for tree in self.trees), np.int64, len(self.trees))
 
+    @cached_property
     def sampled_rows(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(flat row, request, position) of every row that is sampled from, each [S] int64, request by request."""
         counts = self.num_rows
         owners: np.ndarray = np.repeat(np.arange(len(counts)), counts)
         ends = counts.cumsum()
-        place = np.arange(ends[-1]) - np.repeat(ends - counts, counts)
+        place = np.arange(ends[-1]) - (ends - counts)[owners]
         rows = (self.starts[1:] - counts)[owners] + place
         depths = np.concatenate([tree.depths for tree in self.trees])
         return rows, owners, self.bases[owners] + depths
@@ -84,12 +86,13 @@ class TreeBatch:
         Returns:
             (rows [n], slots [n]): the flat rows whose KV was written to another slot than theirs, and that slot.
         """
-        rows, _, _ = self.sampled_rows()
+        rows, _, _ = self.sampled_rows
         sources, destinations = kv_moves(self.trees, accepted)
         moved = torch.from_numpy(rows[sources]).to(slots.device)
         target_slots = slots[torch.from_numpy(rows[destinations]).to(slots.device)]
         if len(sources):
             for one in self.written:
-                one.impl.do_kv_cache_update(one.layer, one.key[moved], one.value[moved], one.kv_cache, target_slots)
+                key, value = one.key.index_select(0, moved), one.value.index_select(0, moved)
+                one.impl.do_kv_cache_update(one.layer, key, value, one.kv_cache, target_slots)
         self.written.clear()
         return moved, target_slots

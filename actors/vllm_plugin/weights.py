@@ -10,7 +10,7 @@ addresses never change (captured graphs stay valid). Owns the tensors; the rules
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -43,13 +43,22 @@ class WorkerStore:
         model: As vLLM loaded it.
         plans: Encoding of every tensor of the checkpoint.
         version: Of the loaded weights.
+        draft: Weights of a draft model that travel with the model's.
     """
 
-    def __init__(self, model: torch.nn.Module, plans: Mapping[str, TensorPlan], version: int) -> None:
-        self._weights = live_weights(model, plans)
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        plans: Mapping[str, TensorPlan],
+        version: int,
+        draft: Sequence[LiveWeight] = (),
+    ) -> None:
+        self._weights = [*live_weights(model, plans), *draft]
+        initial = take_initial_rows(model, plans) | {name: rows for one in draft for name, rows in one.initial_rows()}
         # Copies: the rows of a plain tensor are a view of it, and these will be written while it is served.
-        rows = {name: found.clone() for name, found in take_initial_rows(model, plans).items()}
-        self._shadow = Shadow(plans, rows, version)
+        rows = {name: found.clone() for name, found in initial.items()}
+        drafted = {plan.name: plan for one in draft for plan in one.plans}
+        self._shadow = Shadow({**plans, **drafted}, rows, version)
         self._common = [name for name in self._shadow.names if EXPERT_PART not in name]
         self._next: list[tuple[LiveWeight, tuple[torch.Tensor, ...]]] = []
 

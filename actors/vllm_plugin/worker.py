@@ -16,7 +16,9 @@ from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm.v1.worker.gpu_worker import Worker
 
+from actors.draft_plans import travelling_plans
 from actors.vllm_plugin.control import ControlServer
+from actors.vllm_plugin.live import LiveWeight, draft_weights
 from actors.vllm_plugin.nccl import BroadcastReceiver
 from actors.vllm_plugin.options import PluginOptions
 from actors.vllm_plugin.routing import RoutingCaptureMixin
@@ -24,6 +26,7 @@ from actors.vllm_plugin.runner import KeyedSamplingMixin
 from actors.vllm_plugin.tree_runner import TreeRunnerMixin
 from actors.vllm_plugin.versioned import VersionedRunnerMixin
 from actors.vllm_plugin.weights import WeightDesk, WorkerStore, num_local_experts
+from rollout.speculation.clover_training import TENSOR_PREFIX
 from rollout.sync.checkpoint_names import checkpoint_specs
 from rollout.sync.encoding import plan_tensors
 from rollout.sync.manifest import dtype_name
@@ -59,7 +62,8 @@ class ControlledMixin:
         config = self.vllm_config.model_config
         plans = plan_tensors(checkpoint_specs(config.model, dtype_name(config.dtype)).values(), options.int4)
         model = self.model_runner.get_model()
-        store = WorkerStore(model, plans, options.initial_version)
+        drafts = getattr(self.model_runner, "draft_desk", None)
+        store = WorkerStore(model, plans, options.initial_version, self._draft_weights(options, drafts))
         is_alone = self.vllm_config.parallel_config.data_parallel_size == 1
         desk = WeightDesk(store, options.initial_version, is_alone=is_alone)
         self.model_runner.gate = desk.gate
@@ -73,7 +77,6 @@ class ControlledMixin:
                 "kv_cache": sum(caches.values()),
             }
 
-        drafts = getattr(self.model_runner, "draft_desk", None)
         self._control = ControlServer(
             {
                 **desk.methods(),
@@ -84,9 +87,15 @@ class ControlledMixin:
                 "take_steps": self.model_runner.take_steps,
                 "num_local_experts": lambda: num_local_experts(model),
                 "held_bytes": held_bytes,
-            }
+            },
+            bulk=("stage", "verify", "receive"),
         )
         return self._control.line
+
+    def _draft_weights(self, options: PluginOptions, desk: Any) -> list[LiveWeight]:
+        """Weights of the draft model, if they travel with the target's."""
+        plans = travelling_plans(options.speculation, dtype_name(self.vllm_config.model_config.dtype))
+        return draft_weights(desk.draft_model, plans, TENSOR_PREFIX) if plans else []
 
     def _kv_tensors(self) -> Iterator[Any]:
         for cache in self.model_runner.kv_caches:
@@ -115,4 +124,10 @@ class KeyedGpuWorker(ControlledMixin, Worker):
         class KeyedGpuRunner(VersionedRunnerMixin, RoutingCaptureMixin, KeyedSamplingMixin, GPUModelRunner):
             """GPU runner with keyed sampling, versioned weights and captured routing."""
 
-        return KeyedGpuRunner(self.vllm_config, self.device)
+        class TreeGpuRunner(
+            VersionedRunnerMixin, TreeRunnerMixin, RoutingCaptureMixin, KeyedSamplingMixin, GPUModelRunner
+        ):
+            """The same, for engines that speculate. Not run on a GPU so far."""
+
+        speculates = PluginOptions.of(self.vllm_config).speculation is not None
+        return (TreeGpuRunner if speculates else KeyedGpuRunner)(self.vllm_config, self.device)

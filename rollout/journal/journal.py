@@ -189,6 +189,10 @@ class Journal:
         key = TrajectoryKey.parse(run_id, trajectory_id)
         return await self._call(lambda store: store.reader.trajectory(key), is_transactional=False)
 
+    async def group(self, run_id: str, group_id: str) -> RestoredGroup:
+        """One group with its tokens. Raises InvalidRequest if they are not there."""
+        return await self._call(lambda store: store.reader.group(run_id, group_id), is_transactional=False)
+
     async def compact(self, now: float) -> int:
         """Drop the tokens of groups acknowledged longer than the retention time ago; their keys stay.
 

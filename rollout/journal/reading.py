@@ -105,14 +105,21 @@ class Reader:
         """Like `load`, without tokens."""
         return self._groups(keys, None) if keys else []
 
+    def group(self, run_id: str, group_id: str) -> RestoredGroup:
+        """One group. Raises InvalidRequest if the journal has not got its tokens, JournalBroken."""
+        group_key = self.group_keys(run_id, [group_id]).get(group_id)
+        if group_key is None:
+            raise InvalidRequest("group", f"{group_id} of run {run_id}", "one that was submitted")
+        group = self.load([group_key])[0]
+        if group.is_compacted:
+            raise InvalidRequest("group", f"{group_id} of run {run_id}", "one within its tokens' retention time")
+        return group
+
     def trajectory(self, key: TrajectoryKey) -> TrajectoryRecord:
         """One trajectory. Raises InvalidRequest if the journal has not got its tokens, JournalBroken."""
-        group_key = self.group_keys(key.run_id, [key.group_id]).get(key.group_id)
-        group = self.load([group_key])[0] if group_key is not None else None
-        if group is None or not 0 <= key.sample_index < len(group.trajectories):
+        group = self.group(key.run_id, key.group_id)
+        if not 0 <= key.sample_index < len(group.trajectories):
             raise InvalidRequest("trajectory", str(key), "one that was submitted")
-        if group.is_compacted:
-            raise InvalidRequest("trajectory", str(key), "one whose tokens are within their retention time")
         restored = group.trajectories[key.sample_index]
         return TrajectoryRecord(restored=restored, prompt=group.prompt, sampling=group.sampling)
 

@@ -99,6 +99,16 @@ class Dispatcher:
         """Jobs whose chunk runs there, in the order of submission."""
         return sorted(self._book[shard].running, key=lambda job_id: self._jobs[job_id].order)
 
+    def num_waiting_before(self, priority: int) -> int:
+        """How many running jobs must end before a new one of this priority has a slot; 0: it has one at once.
+
+        Those that are queued before it need slots too. What is less urgent gives way at once to all of them.
+        """
+        num_ahead = sum(number for other, number in self._queued_by_priority.items() if other <= priority)
+        num_to_cut = sum(len(jobs) for other, jobs in self._running_by_priority.items() if other > priority)
+        has_slot = self._book.emptiest() is not None
+        return max(0, num_ahead + (not has_slot) - num_to_cut)
+
     def expected_tokens(self, job_id: str) -> float:
         """Expected length of a job's whole output."""
         return self._predictor.total_tokens(self._jobs[job_id])

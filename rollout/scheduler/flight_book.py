@@ -49,6 +49,10 @@ class FlightBook:
         same = (s for s in self.submissions.values() if s.request.run_id == request.run_id)
         return [s.handle_id for s in same if not wanted.isdisjoint(s.request.group_ids)]
 
+    def handles_of_run(self, run_id: str) -> list[str]:
+        """Submissions of a run, in order."""
+        return [s.handle_id for s in self.submissions.values() if s.request.run_id == run_id]
+
     def is_pending(self, handle_id: str) -> bool:
         """Whether a submission has trajectories that are not final."""
         submission = self.submissions.get(handle_id)
@@ -110,6 +114,10 @@ class FlightBook:
         record["shards"] = [*record.get("shards", []), result.shard]
         record["generate_s"] = record.get("generate_s", 0.0) + result.duration_s
         record["num_cached_tokens"] = record.get("num_cached_tokens", 0) + result.num_cached_tokens
+        if result.drafts is not None:
+            for name in ("trees", "nodes", "accepted"):
+                key = f"num_draft_{name}"
+                record[key] = record.get(key, 0) + getattr(result.drafts, name)
 
     def drop_tokens(self, flight: Flight) -> None:
         """A trajectory starts anew, in its next epoch."""
@@ -207,7 +215,7 @@ class FlightBook:
         return Job(
             job_id=flight.flight_id,
             group_id=f"{flight.submission.handle_id}:{trajectory.group_id}",
-            prompt_key=flight.group.prompt.prompt_id,
+            prompt_key=None if request.is_interactive else flight.group.prompt.prompt_id,
             order=self._num_opened,
             priority=request.priority,
             num_prompt_tokens=len(trajectory.prompt_token_ids),

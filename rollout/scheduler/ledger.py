@@ -7,7 +7,7 @@ a timeout later. Pure; time is passed in. Knows nothing of how groups come about
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 from rollout.errors import UnknownHandle
@@ -70,6 +70,10 @@ class Ledger:
         """Nobody is owed anything of this handle any more; harmless for an unknown one."""
         self._accounts.pop(handle_id, None)
 
+    def holds(self, handle_id: str) -> bool:
+        """Whether the handle is open."""
+        return handle_id in self._accounts
+
     def mark_aborted(self, handle_id: str) -> None:
         self._account(handle_id).is_aborted = True
 
@@ -96,11 +100,15 @@ class Ledger:
             return True
         return False
 
-    def peek(self, handle_id: str, max_groups: int) -> Delivery:
-        """The next groups to hand out; the same ones again until they are acknowledged."""
+    def peek(self, handle_id: str, max_groups: int, skip: Collection[str] = ()) -> Delivery:
+        """The next groups to hand out, without those that are skipped; the same again until they are acknowledged."""
         account = self._account(handle_id)
-        groups = tuple(account.finished.values())[:max_groups]
-        return Delivery(groups=groups, is_done=len(groups) == account.num_outstanding)
+        if not skip:
+            groups = tuple(account.finished.values())[:max_groups]
+            return Delivery(groups=groups, is_done=len(groups) == account.num_outstanding)
+        fresh = [group for group_id, group in account.finished.items() if group_id not in skip]
+        is_done = len(account.finished) == account.num_outstanding and len(fresh) <= max_groups
+        return Delivery(groups=tuple(fresh[:max_groups]), is_done=is_done)
 
     def expire(self, now: float) -> Expired:
         """Find the handles of silent clients; to be called now and then."""

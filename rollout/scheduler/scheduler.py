@@ -23,6 +23,7 @@ from rollout.scheduler.flight_book import FlightBook
 from rollout.scheduler.intake import Restored, fault_of, make_group
 from rollout.scheduler.jobs import ShardCapacity
 from rollout.scheduler.records import Counts, Dispatch, FailureKind, Flight, Landing, Phase, Submission
+from rollout.scheduler.shard_book import ShardBook
 from rollout.types import Chunk, ChunkResult, FinishReason, ModelLimits, RolloutRequest
 
 
@@ -80,8 +81,17 @@ class Scheduler:
     def dispatch_counts(self) -> DispatchCounts:
         return self._dispatcher.counts
 
+    @property
+    def shard_book(self) -> ShardBook:
+        """Loads of the shards; to be read only."""
+        return self._dispatcher.book
+
     def running_on(self, shard: int) -> list[str]:
         return self._dispatcher.running_on(shard)
+
+    def num_waiting_before(self, priority: int) -> int:
+        """How many running trajectories must end before a new one of this priority starts; see the dispatcher."""
+        return self._dispatcher.num_waiting_before(priority)
 
     def submit(
         self,
@@ -363,6 +373,7 @@ class Scheduler:
             max_tokens=budget_tokens,
             seed=trajectory.seed,
             sampling=flight.submission.request.sampling,
+            stream=flight.submission.request.stream,
         )
 
     def _retry_or_fail(self, flight: Flight, kind: FailureKind, reason: str, now: float) -> None:

@@ -23,7 +23,7 @@ class Record:
         num_assignments, num_cuts: Decisions of the dispatcher.
         num_migrations: Chunks that went on elsewhere than where the one before ran.
         num_failures, num_tokens_lost: Groups that died, and tokens that died with them.
-        dispatch_s: Wall seconds spent in the dispatcher.
+        dispatch_s, dispatch_cpu_s: Seconds spent in the dispatcher, by the clock and of a core.
     """
 
     step_ends_s: list[float] = field(default_factory=list)
@@ -36,6 +36,7 @@ class Record:
     num_failures: int = 0
     num_tokens_lost: int = 0
     dispatch_s: float = 0.0
+    dispatch_cpu_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,7 +58,8 @@ class Outcome:
         latency_p50_s, latency_p99_s: From submission to the end of a trajectory.
         max_kv_share: Highest share of a shard's KV in use.
         max_running: Most sequences admitted on a shard.
-        decisions_per_s: Assignments and cuts by the wall seconds spent inside the dispatcher.
+        decisions_per_s, decisions_per_cpu_s: Assignments and cuts by the seconds spent inside the dispatcher: by the
+            clock, which a busy machine slows down, and of a core.
         wall_s, cpu_s: Seconds that simulating took, by the clock and of a core.
     """
 
@@ -82,6 +84,7 @@ class Outcome:
     max_kv_share: float
     max_running: int
     decisions_per_s: float
+    decisions_per_cpu_s: float
     wall_s: float
     cpu_s: float
 

@@ -6,6 +6,9 @@ context are free; it is prefilled within the step's token budget; it decodes. Wh
 sequence is preempted: it goes back to the head of the queue and is prefilled again later. Members of a group on
 the same rank share the KV of their prompt. KV that nobody uses stays until its room is needed, oldest first.
 
+How many tokens a sequence gains in a step changes with speculation, so a rank counts its progress: the tokens that a
+sequence has gained which decoded all the time.
+
 KV is counted in tokens; what the last block of a sequence wastes, 8 tokens on average, is not.
 """
 
@@ -15,6 +18,8 @@ import heapq
 import math
 from collections import OrderedDict, deque
 from dataclasses import dataclass
+
+ROUNDING = 1e-6  # of a token: what float arithmetic may be off in telling whether a token is there
 
 
 @dataclass(slots=True, eq=False)
@@ -29,8 +34,8 @@ class Sequence:
         submitted_at: When the scheduler assigned it.
         kept: Generated in this chunk before the sequence was last preempted.
         prefill_left: Tokens to compute before it decodes.
-        start_step: Step of the group after which it decodes; None before.
-        lead: Tokens it had at start_step, above those kept: 1 where a prefill sampled it.
+        started: Progress of its rank at which it began to decode; None before.
+        lead: Tokens it had then, above those kept: 1 where a prefill sampled it.
     """
 
     job_id: str
@@ -41,7 +46,7 @@ class Sequence:
     submitted_at: float
     kept: int = 0
     prefill_left: int = 0
-    start_step: int | None = None
+    started: float | None = None
     lead: int = 0
     holds_prompt: bool = False
 
@@ -50,13 +55,19 @@ class Sequence:
         """Generated tokens that it held when it was last admitted."""
         return self.base_tokens + self.kept
 
-    def grown(self, step: int, accepted: float) -> float:
-        """Tokens beyond `own_tokens` at a step; may pass the target within the last step."""
-        return 0.0 if self.start_step is None else self.lead + (step - self.start_step) * accepted
+    def grown(self, progress: float) -> float:
+        """Tokens beyond `own_tokens` at a progress of its rank; may pass the target within the last step."""
+        return 0.0 if self.started is None else self.lead + progress - self.started
 
-    def num_tokens(self, step: int, accepted: float) -> int:
-        """Tokens of this chunk at a step."""
-        return min(self.target, self.kept + math.floor(self.grown(step, accepted)))
+    def num_tokens(self, progress: float) -> int:
+        """Tokens of this chunk at a progress of its rank."""
+        return min(self.target, self.kept + math.floor(self.grown(progress) + ROUNDING))
+
+    @property
+    def ends_at(self) -> float:
+        """Progress of its rank at which a decoding sequence reaches its target."""
+        assert self.started is not None, "asked of a decoding sequence only"
+        return self.started + self.target - self.kept - self.lead
 
 
 @dataclass(slots=True)
@@ -77,21 +88,13 @@ class Rank:
         max_running: Sequences admitted at once.
         kv_tokens: Tokens the cache holds.
         max_batched_tokens: Rows of one step.
-        accepted: Mean tokens a decoding sequence gains in a step.
-        rows_per_sequence: Rows that each of them takes in a step.
     """
 
-    def __init__(
-        self,
-        max_running: int,
-        kv_tokens: int,
-        max_batched_tokens: int,
-        accepted: float = 1.0,
-        rows_per_sequence: int = 1,
-    ) -> None:
+    def __init__(self, max_running: int, kv_tokens: int, max_batched_tokens: int) -> None:
         self._max_running, self._kv_tokens = max_running, kv_tokens
         self._max_batched_tokens = max_batched_tokens
-        self.accepted, self._rows_per_sequence = accepted, rows_per_sequence
+        self.accepted, self._rows_per_sequence = 1.0, 1  # tokens and rows of a decoding sequence in a step
+        self.progress = 0.0
         self.counts = RankCounts()
         self.clear()
 
@@ -100,7 +103,7 @@ class Rank:
         self.running: dict[str, Sequence] = {}
         self.waiting: deque[Sequence] = deque()
         self._prefilling: deque[Sequence] = deque()
-        self._ends: list[tuple[int, int, Sequence]] = []
+        self._ends: list[tuple[float, int, Sequence]] = []
         self._num_pushed = 0
         self.num_decoding = 0
         self.context_tokens = 0.0  # of decoding sequences, each with its whole prompt
@@ -116,6 +119,10 @@ class Rank:
     @property
     def decode_rows(self) -> int:
         return self.num_decoding * self._rows_per_sequence
+
+    def speculate(self, num_drafts: int, accepted: float) -> None:
+        """From now on a decoding sequence has so many drafts in a step, and gains so many tokens on average."""
+        self._rows_per_sequence, self.accepted = 1 + num_drafts, accepted
 
     def sequences(self) -> list[Sequence]:
         """Everything on the engine, running or waiting."""
@@ -142,7 +149,7 @@ class Rank:
             reads += take * (done + take / 2)
         return tokens, reads
 
-    def steps_to_event(self, step: int) -> int | None:
+    def steps_to_event(self) -> int | None:
         """Steps until something happens by itself; None if nothing ever does. At least 1."""
         if self._prefilling:
             return 1
@@ -151,34 +158,35 @@ class Rank:
         while not self._is_current(self._ends[0]):
             heapq.heappop(self._ends)
         room = int((self._kv_tokens - self.used_tokens) // (self.num_decoding * self.accepted))
-        return max(1, min(self._ends[0][0] - step, room))
+        return max(1, min(math.ceil((self._ends[0][0] - self.progress - ROUNDING) / self.accepted), room))
 
-    def advance(self, step: int, num_steps: int) -> list[Sequence]:
-        """`num_steps` have passed and `step` is reached. Returns those that reached their target, removed."""
+    def advance(self, num_steps: int) -> list[Sequence]:
+        """`num_steps` have passed. Returns those that reached their target, removed."""
         growth = self.num_decoding * self.accepted * num_steps
         left = max(0, self._max_batched_tokens - self.decode_rows)
+        self.progress += self.accepted * num_steps
         self.context_tokens += growth
         self.used_tokens += growth
-        if self._prefilling:
+        if self._prefilling and num_steps:
             assert num_steps == 1, "a prefill is stepped through"
-            self._prefill(step, left)
+            self._prefill(left)
         self.counts.max_used_tokens = max(self.counts.max_used_tokens, self.used_tokens)
         self._evict()
         finished = []
-        while self._ends and (self._ends[0][0] <= step or not self._is_current(self._ends[0])):
+        while self._ends and (self._ends[0][0] <= self.progress + ROUNDING or not self._is_current(self._ends[0])):
             entry = heapq.heappop(self._ends)
             if self._is_current(entry):
                 finished.append(entry[2])
-                self._remove(entry[2], step)
+                self._remove(entry[2])
         return finished
 
-    def abort(self, job_id: str, step: int) -> Sequence | None:
-        """Take a sequence off the engine; its tokens are `num_tokens(step, accepted)`. None if it is not here."""
+    def abort(self, job_id: str) -> Sequence | None:
+        """Take a sequence off the engine; its tokens are `kept`. None if it is not here."""
         sequence = self.running.get(job_id)
         if sequence is not None:
-            tokens = sequence.num_tokens(step, self.accepted)
-            self._remove(sequence, step)
-            sequence.kept, sequence.start_step = tokens, None
+            tokens = sequence.num_tokens(self.progress)
+            self._remove(sequence)
+            sequence.kept, sequence.started = tokens, None
             return sequence
         for waiting in self.waiting:
             if waiting.job_id == job_id:
@@ -186,19 +194,19 @@ class Rank:
                 return waiting
         return None
 
-    def settle(self, step: int) -> None:
+    def settle(self) -> None:
         """Between two steps: preempt where the next one would not fit, or else admit what fits."""
         is_full = False
         while self.used_tokens + self.num_decoding * self.accepted > self._kv_tokens and len(self.running) > 1:
-            self._preempt(next(reversed(self.running.values())), step)
+            self._preempt(next(reversed(self.running.values())))
             is_full = True
-        while not is_full and self.waiting and len(self.running) < self._max_running and self._admit(step):
+        while not is_full and self.waiting and len(self.running) < self._max_running and self._admit():
             pass
         self._evict()
         self.counts.max_used_tokens = max(self.counts.max_used_tokens, self.used_tokens)
         self.counts.max_running = max(self.counts.max_running, len(self.running))
 
-    def _admit(self, step: int) -> bool:
+    def _admit(self) -> bool:
         sequence = self.waiting[0]
         is_shared = self._prompt_users.get(sequence.group_id, 0) > 0
         needed = sequence.own_tokens + (0 if is_shared else sequence.prompt_tokens)
@@ -217,22 +225,21 @@ class Rank:
         self.counts.num_cached += math.floor(hit)
         if missing <= 1:
             sequence.prefill_left = 0
-            self._decode(sequence, step, lead=0)
+            self._decode(sequence, lead=0)
         else:
             sequence.prefill_left = missing
             self._prefilling.append(sequence)
         return True
 
-    def _decode(self, sequence: Sequence, step: int, lead: int) -> None:
-        sequence.start_step, sequence.lead = step, lead
-        end = step + math.ceil((sequence.target - sequence.kept - lead) / self.accepted)
-        heapq.heappush(self._ends, (end, self._num_pushed, sequence))
+    def _decode(self, sequence: Sequence, lead: int) -> None:
+        sequence.started, sequence.lead = self.progress, lead
+        heapq.heappush(self._ends, (sequence.ends_at, self._num_pushed, sequence))
         self._num_pushed += 1
         self.num_decoding += 1
         self.context_tokens += sequence.prompt_tokens + sequence.own_tokens + lead
         self.used_tokens += lead
 
-    def _prefill(self, step: int, left: int) -> None:
+    def _prefill(self, left: int) -> None:
         while self._prefilling and left:
             sequence = self._prefilling[0]
             take = min(left, sequence.prefill_left)
@@ -242,20 +249,20 @@ class Rank:
             if sequence.prefill_left:
                 break
             self._prefilling.popleft()
-            self._decode(sequence, step, lead=1)  # the last of a prefill samples a token
+            self._decode(sequence, lead=1)  # the last of a prefill samples a token
 
-    def _preempt(self, sequence: Sequence, step: int) -> None:
-        tokens = sequence.num_tokens(step, self.accepted)
-        self._remove(sequence, step)
-        sequence.kept, sequence.start_step, sequence.lead = tokens, None, 0
+    def _preempt(self, sequence: Sequence) -> None:
+        tokens = sequence.num_tokens(self.progress)
+        self._remove(sequence)
+        sequence.kept, sequence.started, sequence.lead = tokens, None, 0
         self.waiting.appendleft(sequence)
         self.counts.num_preemptions += 1
 
-    def _remove(self, sequence: Sequence, step: int) -> None:
+    def _remove(self, sequence: Sequence) -> None:
         """Free what a running sequence holds; its KV stays in the cache as long as there is room."""
         del self.running[sequence.job_id]
-        is_computed = sequence.start_step is not None
-        grown = sequence.grown(step, self.accepted)
+        is_computed = sequence.started is not None
+        grown = sequence.grown(self.progress)
         if is_computed:
             self.num_decoding -= 1
             self.context_tokens -= sequence.prompt_tokens + sequence.own_tokens + grown
@@ -272,13 +279,12 @@ class Rank:
             if sequence.group_id not in self._prompt_users:
                 self._cache(("prompt", sequence.group_id), sequence.prompt_tokens)
 
-    def _is_current(self, entry: tuple[int, int, Sequence]) -> bool:
+    def _is_current(self, entry: tuple[float, int, Sequence]) -> bool:
         """Whether a heap entry still speaks of a decoding sequence: a preempted one ends later than it says."""
         sequence = entry[2]
-        if self.running.get(sequence.job_id) is not sequence or sequence.start_step is None:
+        if self.running.get(sequence.job_id) is not sequence or sequence.started is None:
             return False
-        left = sequence.target - sequence.kept - sequence.lead
-        return entry[0] == sequence.start_step + math.ceil(left / self.accepted)
+        return entry[0] == sequence.ends_at
 
     def _cache(self, key: tuple[str, str], tokens: float) -> None:
         self._cached_tokens += tokens - self._cached.pop(key, 0.0)

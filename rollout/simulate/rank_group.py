@@ -14,8 +14,10 @@ from dataclasses import dataclass
 
 from rollout.simulate.costs import StepCosts
 from rollout.simulate.rank import Rank, Sequence
+from rollout.simulate.speculation import Load, Speculation
 
 ROUNDING = 1e-9  # of a step: what float arithmetic may be off in telling whether a step has ended
+CONTEXTS_PER_OCTAVE = 4  # the choice of drafts is remembered for contexts within 19 %
 ROUNDING_S = 1e-8  # the same in seconds, for clocks of up to 1e7 s
 
 
@@ -44,12 +46,18 @@ class RankGroup:
     Args:
         ranks: Engines by fleet rank.
         costs: Prices a step.
+        speculation: What drafts bring; None: there are none.
+        max_rows: Of a rank's step, drafts included.
     """
 
-    def __init__(self, ranks: dict[int, Rank], costs: StepCosts) -> None:
+    def __init__(
+        self, ranks: dict[int, Rank], costs: StepCosts, speculation: Speculation | None = None, max_rows: int = 2**30
+    ) -> None:
         self.ranks = ranks
         self._list = list(ranks.values())
-        self._costs = costs
+        self._costs, self._speculation, self._max_rows = costs, speculation, max_rows
+        self._num_drafts = 0
+        self._drafts: dict[tuple[int, int, int], int] = {}
         self._local: dict[tuple[int, int, float], float] = {}
         self._shared: dict[int, float] = {}
         self._inbox: deque[Message] = deque()
@@ -70,7 +78,8 @@ class RankGroup:
         """When `run` is to be called next; None if the group has nothing to do."""
         if not self.is_live:
             return None
-        waits = [n for rank in self._list if (n := rank.steps_to_event(self._step)) is not None]
+        self._speculate()
+        waits = [n for rank in self._list if (n := rank.steps_to_event()) is not None]
         arrival = self._inbox[0].at if self._inbox else None
         if not waits:
             self._steps_planned = 0
@@ -88,16 +97,16 @@ class RankGroup:
             if message.start is not None:
                 rank.submit(message.start)
             elif message.cut is not None:
-                sequence = rank.abort(message.cut, self._step)
+                sequence = rank.abort(message.cut)
                 if sequence is not None:
                     ended.append(_end(sequence, sequence.kept))
         for rank in self._list:
-            rank.settle(self._step)
+            rank.settle()
         return ended
 
     def stop(self, now: float) -> list[ChunkEnd]:
         """Abort everything at the first boundary at or after `now`, which becomes the clock."""
-        waits = [n for rank in self._list if (n := rank.steps_to_event(self._step)) is not None]
+        waits = [n for rank in self._list if (n := rank.steps_to_event()) is not None]
         reached = now
         if waits and self.is_live and now > self.clock:
             self._steps_planned, duration = self._steps_within(min(waits), now - self.clock)
@@ -105,7 +114,7 @@ class RankGroup:
         ended = self._advance(reached)
         for rank in self._list:
             for sequence in rank.sequences():
-                rank.abort(sequence.job_id, self._step)
+                rank.abort(sequence.job_id)
                 ended.append(_end(sequence, sequence.kept))
         ended += [_end(m.start, 0) for m in self._inbox if m.start is not None]
         self._inbox.clear()
@@ -113,7 +122,7 @@ class RankGroup:
 
     def die(self, now: float) -> int:
         """All engines are gone. Returns the tokens that the running chunks had."""
-        lost = sum(s.num_tokens(self._step, r.accepted) for r in self._list for s in r.sequences())
+        lost = sum(s.num_tokens(r.progress) for r in self._list for s in r.sequences())
         for rank in self._list:
             rank.clear()
         self._inbox.clear()
@@ -127,7 +136,7 @@ class RankGroup:
         steps, self._steps_planned = self._steps_planned, 0
         self._step += steps
         self.clock = now
-        return [_end(s, s.target) for rank in self._list for s in rank.advance(self._step, steps)]
+        return [_end(s, s.target) for rank in self._list for s in rank.advance(steps)]
 
     def _lines(self) -> list[tuple[float, float]]:
         """(seconds of the next step, growth with every further one) of each rank, the shared part included."""
@@ -146,7 +155,25 @@ class RankGroup:
         shared = self._shared.get(rows)
         if shared is None:
             shared = self._shared[rows] = self._costs.shared_s(rows)
+        if self._speculation is not None:
+            shared += self._num_drafts * self._speculation.draft_s
         return [(value + shared, slope) for value, slope in lines]
+
+    def _speculate(self) -> None:
+        """Choose the drafts of the steps to come, as the governor would; alike where the load is about the same."""
+        if self._speculation is None:
+            return
+        loads = [Load(num_decoding=r.num_decoding, context_tokens=r.context_tokens) for r in self._list]
+        most = max(load.num_decoding for load in loads)
+        context = max(load.context_tokens for load in loads)
+        about = (most, sum(load.num_decoding for load in loads), round(CONTEXTS_PER_OCTAVE * math.log2(1 + context)))
+        num_drafts = self._drafts.get(about)
+        if num_drafts is None:
+            num_drafts = self._drafts[about] = self._speculation.best(loads, self._costs, self._max_rows)
+        if num_drafts != self._num_drafts:
+            self._num_drafts = num_drafts
+            for rank in self._list:
+                rank.speculate(num_drafts, self._speculation.tokens[num_drafts])
 
     def _segments(self, num_steps: int) -> Iterator[tuple[int, float, float]]:
         """(steps, seconds of the first, growth) of stretches in which one rank is the slowest."""

@@ -24,9 +24,11 @@ from rollout.simulate.outcome import Outcome, Record, Run, tail_ratio
 from rollout.simulate.rank import Rank, Sequence
 from rollout.simulate.rank_group import ChunkEnd, Message, RankGroup
 from rollout.simulate.scenario import Scenario
+from rollout.simulate.speculation import Speculation
 from rollout.simulate.timeline import Timeline
 
 DAY_S = 86_400.0
+CPU_TICK_S = 1e-6  # a dispatcher that took less of a core took this
 T = TypeVar("T")
 
 
@@ -85,7 +87,7 @@ class Simulation:
         self._capacity = {
             rank: ShardCapacity(
                 max_running=slots,
-                kv_tokens=kv_tokens,
+                kv_tokens=max(scenario.longest, kv_tokens - self._overshoot_tokens),
                 block_tokens=scenario.block_tokens,
                 group=rank // scenario.shards_per_group,
             )
@@ -293,23 +295,23 @@ class Simulation:
         scenario = self._scenario
         first = index * scenario.shards_per_group
         ranks = {
-            rank: Rank(
-                scenario.max_running,
-                self._kv_tokens,
-                scenario.max_batched_tokens,
-                scenario.spec_accept_length,
-                1 + scenario.spec_draft_tokens,
-            )
+            rank: Rank(scenario.max_running, self._kv_tokens, scenario.max_batched_tokens)
             for rank in range(first, first + scenario.shards_per_group)
         }
-        return RankGroup(ranks, costs)
+        if not scenario.spec_draft_tokens:
+            return RankGroup(ranks, costs)
+        speculation = Speculation.chain(scenario.spec_accept_length, scenario.spec_draft_tokens, scenario.spec_draft_s)
+        # The other half of a step is left for prefills.
+        max_rows = max(scenario.max_running, scenario.max_batched_tokens // 2)
+        return RankGroup(ranks, costs, speculation, max_rows)
 
     def _index(self, rank: int) -> int:
         return rank // self._scenario.shards_per_group
 
     def _timed(self, call: Callable[[], T]) -> T:
-        began = time.perf_counter()
+        began, cpu_began = time.perf_counter(), time.thread_time()
         result = call()
+        self.record.dispatch_cpu_s += time.thread_time() - cpu_began
         self.record.dispatch_s += time.perf_counter() - began
         return result
 
@@ -344,6 +346,7 @@ class Simulation:
             max_kv_share=max(rank.counts.max_used_tokens for rank in ranks) / self._kv_tokens,
             max_running=max(rank.counts.max_running for rank in ranks),
             decisions_per_s=num_decisions / record.dispatch_s,
+            decisions_per_cpu_s=num_decisions / max(record.dispatch_cpu_s, CPU_TICK_S),
             wall_s=wall_s,
             cpu_s=cpu_s,
         )

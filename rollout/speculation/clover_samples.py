@@ -23,12 +23,14 @@ class DraftSample:
         hidden: [n, H] floating, the target's last hidden states (what its output head reads); row t is token t's and
             predicts token t + 1.
         seed: Of the trajectory's keyed noise.
+        is_sampled: bool [n], the tokens that the target drew; None where it drew every token after the prompt.
     """
 
     token_ids: torch.Tensor
     num_prompt_tokens: int
     hidden: torch.Tensor
     seed: int
+    is_sampled: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         num_tokens = len(self.token_ids)
@@ -45,7 +47,7 @@ class DraftBatch:
     Attributes:
         tokens: int64 [B, n].
         hidden: float32 [B, n, H].
-        is_output: bool [B, n], whether a token was generated; False on padding.
+        is_output: bool [B, n], whether the target drew a token; False on padding.
         seeds: int64 [B], of the keyed noise.
     """
 
@@ -62,7 +64,8 @@ def collate(samples: Sequence[DraftSample], device: torch.device | str = "cpu") 
     hidden = pad([s.hidden.float() for s in samples], batch_first=True)
     is_output = torch.zeros(tokens.shape, dtype=torch.bool)
     for row, sample in enumerate(samples):
-        is_output[row, sample.num_prompt_tokens : len(sample.token_ids)] = True
+        drawn = is_output[row, sample.num_prompt_tokens : len(sample.token_ids)]
+        drawn.copy_(torch.tensor(True) if sample.is_sampled is None else sample.is_sampled[sample.num_prompt_tokens :])
     seeds = torch.tensor([s.seed for s in samples])
     return DraftBatch(
         tokens=tokens.to(device), hidden=hidden.to(device), is_output=is_output.to(device), seeds=seeds.to(device)

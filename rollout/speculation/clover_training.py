@@ -1,14 +1,16 @@
 """Distils a draft model from its target's trajectories: once from many, and online from fresh ones.
 
-Owns the optimiser and the names under which a draft travels beside its target's
-weights. Knows nothing of how trajectories come about, of ranks or of transports.
+Owns the optimiser, and the prefix of the names under which a draft travels beside its target's weights. Knows nothing
+of how trajectories come about, of ranks or of transports.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -30,8 +32,8 @@ class DraftTrainingConfig:
 
     Attributes:
         lr: Highest step size of offline training; it rises linearly and falls to zero along a cosine.
-        warmup_steps: Steps of the rise.
-        online_lr: Step size of online updates, constant.
+        warmup_steps: Steps of the rise, offline and online.
+        online_lr: Step size of online updates, constant after as many steps of rise.
         weight_decay: Of matrices.
         betas: Of Adam.
         max_grad_norm: Gradients are scaled down to this norm.
@@ -44,7 +46,7 @@ class DraftTrainingConfig:
 
     lr: float = 3e-3
     warmup_steps: int = 50
-    online_lr: float = 3e-4
+    online_lr: float = 5e-4
     weight_decay: float = 0.01
     betas: tuple[float, float] = (0.9, 0.95)
     max_grad_norm: float = 1.0
@@ -67,7 +69,10 @@ class DraftTrainingConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepResult:
-    """One step: its loss, the gradient's norm before clipping, and the agreement at each depth."""
+    """One step: its loss, the gradient's norm before clipping, and the agreement at each depth.
+
+    On a rank without samples the loss is 0 and there is no agreement.
+    """
 
     loss: float
     grad_norm: float
@@ -91,6 +96,7 @@ class DraftTrainer:
             {"params": matrices, "weight_decay": config.weight_decay},
             {"params": vectors, "weight_decay": 0.0},
         ]
+        self._num_online = 0
         self._optimizer = torch.optim.AdamW(groups, lr=0.0, betas=config.betas, foreach=True)
 
     def fit(
@@ -125,29 +131,43 @@ class DraftTrainer:
         num_steps: int,
         generator: torch.Generator,
         version: int,
-    ) -> dict[str, torch.Tensor]:
+    ) -> list[StepResult]:
         """Follow the target to its new version.
 
         Args:
-            samples: Fresh trajectories with hidden states of the new version, or of the one that sampled them.
+            samples: Fresh trajectories with hidden states of the new version, or of the one that sampled them. Of
+                several ranks that train one draft, some may have none.
             target: The layers of the new version shared with the draft, in float32.
-            num_steps: Optimiser steps, 0 for none.
+            num_steps: Optimiser steps, 0 for none; the same on every rank.
             generator: Of the order.
             version: The new version; the draft's configuration carries it from now on.
 
         Returns:
-            Copies of the draft's tensors by the names they travel under, to be published with this version.
+            What each step came to, here.
 
         Raises:
             InvalidRequest: Steps are wanted without samples.
+            LongrollError: A gradient is not finite; the steps before it were taken.
         """
-        if num_steps and not samples:
+        if num_steps and not samples and self._average is None:
             raise InvalidRequest("fresh samples for a draft update", 0, f"at least 1 for {num_steps} steps")
-        batches = drawn_batches(samples, self._config.batch_tokens, generator)
+        batches = drawn_batches(samples, self._config.batch_tokens, generator) if samples else itertools.repeat([])
+        results = []
         for _ in range(num_steps):
-            self._step(next(batches), target, self._config.online_lr, generator)
+            self._num_online += 1  # Adam's first steps, when it knows no scales yet, would undo what was learnt
+            rise = min(1.0, self._num_online / max(self._config.warmup_steps, 1))
+            results.append(self._step(next(batches), target, self._config.online_lr * rise, generator))
         self.draft.config = self.draft.config.at_version(version)
-        return travelling_tensors(self.draft)
+        return results
+
+    def state(self) -> dict[str, Any]:
+        """The optimiser's state, for `restore`."""
+        return {"num_online": self._num_online, "optimizer": self._optimizer.state_dict()}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from a state that `state` gave. Raises ValueError or KeyError where it is another optimiser's."""
+        self._optimizer.load_state_dict(state["optimizer"])
+        self._num_online = state["num_online"]
 
     def _step(
         self,
@@ -157,17 +177,20 @@ class DraftTrainer:
         generator: torch.Generator,
     ) -> StepResult:
         config = self._config
-        batch = collate(samples, next(self.draft.parameters()).device)
-        result = distillation_loss(
-            self.draft,
-            batch,
-            draw_roots(batch, config.max_roots, generator),
-            target=target,
-            weights=config.loss,
-            temperature=config.temperature,
-        )
-        if result.loss.requires_grad:
-            result.loss.backward()
+        loss, agreement = 0.0, tuple[float, ...]()
+        if samples:
+            batch = collate(samples, next(self.draft.parameters()).device)
+            result = distillation_loss(
+                self.draft,
+                batch,
+                draw_roots(batch, config.max_roots, generator),
+                target=target,
+                weights=config.loss,
+                temperature=config.temperature,
+            )
+            if result.loss.requires_grad:
+                result.loss.backward()
+            loss, agreement = float(result.loss.detach()), result.agreement
         gradients = []
         for parameter in self.draft.parameters():
             if parameter.grad is None:  # a batch of outputs too short for this part
@@ -183,20 +206,4 @@ class DraftTrainer:
             group["lr"] = lr
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
-        return StepResult(loss=float(result.loss.detach()), grad_norm=norm, agreement=result.agreement)
-
-
-def travelling_tensors(draft: CloverDraft) -> dict[str, torch.Tensor]:
-    """Copies of a draft's tensors by the names they travel under."""
-    return {TENSOR_PREFIX + name: tensor.detach().clone() for name, tensor in draft.state_dict().items()}
-
-
-def take_travelling(draft: CloverDraft, tensors: Mapping[str, torch.Tensor], version: int) -> None:
-    """Put travelled tensors into a draft; names without the prefix are the target's and are passed over.
-
-    Raises:
-        InvalidRequest: A tensor of the draft is missing, left over or of another shape.
-    """
-    own = {name.removeprefix(TENSOR_PREFIX): t for name, t in tensors.items() if name.startswith(TENSOR_PREFIX)}
-    draft.load(own)
-    draft.config = draft.config.at_version(version)
+        return StepResult(loss=loss, grad_norm=norm, agreement=agreement)

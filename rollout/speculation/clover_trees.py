@@ -59,8 +59,10 @@ class DraftSampling:
             top_k=None if self.top_k is None else self.top_k.repeat_interleave(width),
             top_p=None if self.top_p is None else self.top_p.repeat_interleave(width),
         )
-        least = (threshold * temperature).nan_to_num(nan=-torch.inf)  # greedy rows: -inf · 0, nothing is cut
-        return logits.float().masked_fill(logits < least.view(-1, width, 1), -torch.inf)
+        # Compared as the threshold was made, by the rounded 1 / T: times T it may lie above the largest logit.
+        # Greedy rows have a threshold of -inf, so nothing of them is cut.
+        inverse = torch.where(temperature == 0, 1.0, temperature).reciprocal().view(-1, width, 1)
+        return logits.float().masked_fill(logits.float() * inverse < threshold.view(-1, width, 1), -torch.inf)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

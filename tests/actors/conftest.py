@@ -4,20 +4,28 @@ The engines take the better part of a minute to start, so they are started once 
 changes the weights puts the old ones back (fixture `weights`).
 """
 
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import httpx
+import openai
 import pytest
 import ray
 import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from actors.gateway import RunningGateway, start_gateway
+from actors.gateway_app import GatewayOptions
 from actors.service import Service, start_service
 from kernels.gumbel_sample import gumbel_noise, truncation_threshold
 from rollout.client import RolloutClient
 from rollout.config import ClusterConfig, EngineConfig, Int4Config, ModelConfig, SchedulerConfig, SyncConfig
+from rollout.gateway.keys import KeyFile, Role
+from rollout.gateway_config import GatewayConfig
+from rollout.speculation_config import SpeculationConfig
 from rollout.types import Trajectory
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -69,6 +77,88 @@ def quantised_service(ray_cluster: None) -> Iterator[Service]:
     )
     yield running
     running.stop()
+
+
+@pytest.fixture(scope="session")
+def drafting(ray_cluster: None) -> Iterator[Service]:
+    """A service that can speculate, with INT4 weights and an INT8 KV cache; it does not until a test turns it on.
+
+    Computed in bfloat16, where every row of a step is computed alone and rounded, so that no token may differ.
+    """
+    running = start_service(
+        model=ModelConfig(path=str(TINY)),
+        engine=EngineConfig(
+            num_shards=2,
+            dtype="bfloat16",
+            quantization="int4",
+            int4=Int4Config(group_size=QUANTISED_GROUP_SIZE),
+            kv_cache_dtype="int8_per_token_head",
+            enable_return_routed_experts=True,
+            speculation=SpeculationConfig(
+                enabled=True,
+                sources=("adversarial", "clover2", "random", "sibling"),
+                draft_model=str(TINY / "draft"),
+                draft_travels=True,
+                max_depth=5,
+                budget_nodes=12,
+            ),
+        ),
+        scheduler=SchedulerConfig(),
+        sync=SyncConfig(bucket_bytes=2**20),
+        cluster=ClusterConfig(namespace="tests-speculation"),
+    )
+    ray.get([shard.set_peers.remote(running.shards) for shard in running.shards])
+    ray.get([shard.turn_speculation.remote([]) for shard in running.shards])
+    yield running
+    running.stop()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Served:
+    """The service's HTTP gateway, with a key of each role (and another trainer's, "other")."""
+
+    gateway: RunningGateway
+    folder: Path
+    keys: dict[str, str]
+    model: str = "tiny"
+
+    @property
+    def url(self) -> str:
+        return self.gateway.url
+
+    @property
+    def weights_root(self) -> Path:
+        """Where rollbacks find weights; the original ones lie in it."""
+        return self.folder / "weights"
+
+    def openai(self, role: Role = Role.CLIENT) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=self.keys[role], max_retries=0)
+
+    def http(self, role: Role = Role.CLIENT) -> httpx.Client:
+        headers = {"Authorization": f"Bearer {self.keys[role]}"}
+        return httpx.Client(base_url=self.url, headers=headers, timeout=60)
+
+
+@pytest.fixture(scope="session")
+def served(service: Service, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """One gateway for every test that speaks HTTP to real engines."""
+    folder = tmp_path_factory.mktemp("gateway")
+    (folder / "weights").mkdir()
+    shutil.copy(TINY / "model.safetensors", folder / "weights")
+    file = KeyFile(folder / "keys.json")
+    keys: dict[str, str] = {role: file.add(role.value, role) for role in Role}
+    keys["other"] = file.add("other", Role.TRAINER)
+    options = GatewayOptions(
+        gateway=GatewayConfig(port=0, max_body_bytes=100_000, weights_root=str(folder / "weights")),
+        model=ModelConfig(path=str(TINY)),
+        sync=SyncConfig(bucket_bytes=2**20),
+        model_name="tiny",
+        keys_file=str(folder / "keys.json"),
+        namespace="tests",
+    )
+    gateway = start_gateway(options)
+    yield Served(gateway=gateway, folder=folder, keys=keys)
+    gateway.stop()
 
 
 @pytest.fixture

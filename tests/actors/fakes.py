@@ -155,6 +155,9 @@ class FakeShard:
             num_preemptions=0,
         )
 
+    async def take_speculation(self):
+        return None
+
     async def release(self):
         for trajectory_id in list(self.held):
             self._end(trajectory_id, True)

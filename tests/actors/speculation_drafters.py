@@ -3,8 +3,8 @@
 import numpy as np
 import torch
 
+from actors.vllm_plugin.draft_records import DraftLimits, DraftRequest
 from actors.vllm_plugin.drafters import StatelessDrafter
-from actors.vllm_plugin.drafting import DraftLimits, DraftRequest
 from rollout.speculation.growth import ScoredTree
 from rollout.speculation.tree import TokenTree
 

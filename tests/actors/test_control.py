@@ -11,7 +11,7 @@ from multiprocessing.connection import Client, Connection
 
 import pytest
 
-from actors.vllm_plugin.control import ControlLine, ControlServer
+from actors.vllm_plugin.control import NICENESS, ControlLine, ControlServer
 from rollout.errors import EngineDead, SyncRefused
 
 
@@ -43,6 +43,16 @@ def test_calls_do_not_wait_for_each_other_and_a_slow_one_times_out() -> None:
 
     asyncio.run(both())
     gate.set()
+    line.close()
+
+
+def test_bulk_work_has_a_low_priority_and_nothing_else() -> None:
+    def priority() -> int:
+        return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+    line = ControlLine(*ControlServer({"bulk": priority, "quick": priority}, bulk=("bulk",)).line, "worker 0")
+    assert asyncio.run(line.call("quick", timeout_s=10)) == priority()
+    assert asyncio.run(line.call("bulk", timeout_s=10)) == min(priority() + NICENESS, 19)  # the least there is
     line.close()
 
 

@@ -103,8 +103,10 @@ def num_near_ties(
 
 @pytest.mark.parametrize("cache", CACHES)
 def test_tokens_are_those_of_plain_decoding(records: dict, models: dict, cache: str) -> None:
-    """With random, adversarial and sibling drafts and with the truth among decoys; prefills are cut and mixed with
-    trees, requests are preempted, and in the last runs every request is cut every 32 tokens and finds its prefix.
+    """With random, adversarial, sibling and Clover-2 drafts, and with the truth among decoys.
+
+    Prefills are cut and mixed with trees, requests are preempted, and in the last runs of each sampling every request
+    is cut every 32 tokens and finds its prefix.
     """
     compared = differing = 0
     for run in records[cache]["runs"]:
@@ -124,17 +126,19 @@ def test_what_was_exercised(records: dict, cache: str) -> None:
     """The runs above mean something: drafts were accepted, KV was moved, requests were preempted, prefixes found."""
     for run in records[cache]["runs"]:
         tally = run["tally"]
-        assert tally["trees"] > 300
+        assert tally["trees"] > 200
         if run["drafter"] == "random":
             continue
         assert tally["accepted"] > tally["trees"] / 8
-        assert tally["moved"] > 50
+        assert tally["moved"] > 5
         if "cut" in run["drafter"]:
-            assert sum(sample["num_cached"] for sample in run["drafted"]) > 2000
-        elif run["drafter"] != "sibling":
-            assert run["num_preempted"] > 0
-    by_name = {run["drafter"]: run["tally"]["steps"] for run in records[cache]["runs"] if "top_p" in run["sampling"]}
-    assert by_name["truth"] < 0.6 * by_name["random"], "most of the truth is accepted"
+            assert sum(sample["num_cached"] for sample in run["drafted"]) > 1000
+    assert sum(run["tally"]["moved"] for run in records[cache]["runs"]) > 1000
+    assert sum(run.get("num_preempted", 0) for run in records[cache]["runs"]) > 10
+    first = {
+        run["drafter"]: run["tally"]["steps"] for run in records[cache]["runs"] if run["sampling"]["temperature"] == 1
+    }
+    assert first["truth"] < 0.6 * first["random"], "most of the truth is accepted"
 
 
 def test_options_that_trees_cannot_have(records: dict, models: dict) -> None:

@@ -1,5 +1,6 @@
 """The parts of speculation inside an engine, without one."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 from unittest import mock
 
@@ -9,15 +10,20 @@ import torch
 from vllm.v1.request import RequestStatus
 
 from actors.engine_args import engine_args
+from actors.vllm_plugin import patches
+from actors.vllm_plugin.draft_records import NOTHING, DraftLimits, DraftRequest, StepSize, Verified
 from actors.vllm_plugin.drafters import AdversarialDrafter, RandomDrafter
-from actors.vllm_plugin.drafting import DraftDesk, DraftLimits, DraftRequest, Verified
+from actors.vllm_plugin.drafting import DraftDesk
 from actors.vllm_plugin.hidden_log import HiddenLog
 from actors.vllm_plugin.options import PluginOptions
 from actors.vllm_plugin.scheduler import VersionMixin
 from actors.vllm_plugin.sibling_drafter import TOKENS_A_STEP, SiblingDrafter
+from actors.vllm_plugin.tree_sampling import until_stop
 from actors.vllm_plugin.trees import TreeBatch, Written
 from rollout.config import EngineConfig, ModelConfig, SyncConfig
 from rollout.errors import InvalidRequest
+from rollout.governor.records import OFF
+from rollout.speculation.growth import ScoredTree
 from rollout.speculation.tree import TokenTree
 from rollout.speculation.walk import Accepted, walk
 from rollout.speculation_config import SpeculationConfig
@@ -60,6 +66,7 @@ LIMITS = DraftLimits(max_width=4, max_depth=5)
         ({"sources": ("nobody",)}, "sources"),
         ({"sources": ()}, "sources"),
         ({"sources": ("clover2",)}, "draft_model"),
+        ({"draft_travels": True}, "draft_travels"),
     ],
 )
 def test_impossible_options(options: dict, what: str) -> None:
@@ -77,10 +84,25 @@ def test_options_reach_the_engine_and_what_cannot_be_is_refused() -> None:
     assert found.speculation == config(sources=("sibling", "random"))
     with pytest.raises(InvalidRequest, match="tensor_parallel_size"):
         arguments(tensor_parallel_size=2)
+    on_gpu = arguments(on_gpu=True)
+    assert (on_gpu.attention_backend, on_gpu.async_scheduling) == ("CUSTOM", False)
     off = engine_args(
         ModelConfig(path="models/tiny"), EngineConfig(num_shards=1), SyncConfig(), rank=0, rendezvous=None, on_gpu=False
     )
     assert PluginOptions.of(SimpleNamespace(additional_config=off.additional_config)).speculation is None
+
+
+def step(num_sequences: int, trees=(), num_tokens: int | None = None, peers: StepSize = NOTHING) -> Verified:
+    rows = num_sequences + sum(tree.num_nodes for _, tree, _ in trees)
+    return Verified(
+        size=StepSize(sequences=num_sequences, rows=rows, has_prefill=False),
+        peers=peers,
+        context_tokens=10,
+        num_tokens=num_sequences if num_tokens is None else num_tokens,
+        version=0,
+        trees=trees,
+        is_continued=True,
+    )
 
 
 def desk(*drafters, clock=None, **options) -> DraftDesk:
@@ -99,7 +121,7 @@ def desk(*drafters, clock=None, **options) -> DraftDesk:
 )
 def test_a_drafter_that_does_what_it_may_not(tree: TokenTree, what: str) -> None:
     one = desk(StubDrafter([tree]), max_width=2)
-    one.choose(1, 10, 0, 0)
+    one.choose(1, 10, 0, NOTHING)
     with pytest.raises(InvalidRequest, match=what):
         one.propose([request()])
 
@@ -108,18 +130,14 @@ def test_drafts_of_several_sources_make_one_tree_and_trimmed_ones_are_counted() 
     first, second = TokenTree.of_lists([1, 2, 3], [0, 1, 2]), TokenTree.of_lists([1, 9], [0, 0])
     one = desk(StubDrafter([first], [-0.1, -0.2, -0.9]), StubDrafter([second], [-0.3, -0.5]), governor=True)
     with mock.patch.object(one, "_governor") as governor:
-        governor.choose.return_value = one._fixed
-        one.choose(1, 10, 0, 0)
+        governor.choose.return_value = one._fixed(["tests:0", "tests:1"])
+        one.verified(step(1))
+        one.choose(1, 10, 0, NOTHING)
         trees = one.propose([request()])
         assert list(trees) == ["a"] and one.tree_of("a") is trees["a"] and one.num_pending == 1
         assert trees["a"].to_lists() == ([1, 2, 9, 3], [0, 1, 0, 2])
         trimmed = trees["a"].prefix(3)
-        verified = (("a", trimmed, walk(trimmed, [1, 2, 7, 7])),)
-        state = dict(
-            num_sequences=1, context_tokens=10, rows=4, num_tokens=3, has_prefill=False, version=0, peer_rows=0
-        )
-        one.verified(Verified(**state, trees=(), is_continued=False))
-        one.verified(Verified(**state, trees=verified, is_continued=True))
+        one.verified(step(1, [("a", trimmed, walk(trimmed, [1, 2, 7, 7]))], num_tokens=3))
         outcome = governor.observe.call_args.args[0]
     assert one.num_pending == 0
     by_source = outcome.tally.by_source
@@ -130,21 +148,117 @@ def test_drafts_of_several_sources_make_one_tree_and_trimmed_ones_are_counted() 
     assert outcome.tally.together.nodes == 3 and outcome.step_s > 0
 
 
+def test_a_drafter_without_an_idea_is_known_for_it() -> None:
+    """Requests that nobody had a node for were asked and got no offer, beside others and alone."""
+    one = desk(StubDrafter([TokenTree.chain([1, 2]), TokenTree.empty(), TokenTree.empty()]), governor=True)
+    with mock.patch.object(one, "_governor") as governor:
+        governor.choose.return_value = one._fixed(["tests:0"])
+        one.verified(step(3))
+        one.choose(3, 10, 0, NOTHING)
+        trees = one.propose([request(name) for name in "abc"])
+        one.verified(step(3, [(name, tree, walk(tree, [9, 9, 9])) for name, tree in trees.items()]))
+        first = governor.observe.call_args.args[0]
+        one.choose(2, 10, 0, NOTHING)
+        with mock.patch.object(one._drafters["tests:0"], "propose", lambda asked, limits: [ScoredTree.empty()] * 2):
+            assert one.propose([request("b"), request("c")]) == {}
+        one.verified(step(2))
+        second = governor.observe.call_args.args[0]
+        one.verified(step(2))
+        third = governor.observe.call_args.args[0]
+    for outcome, asked, offered in ((first, 3, 1), (second, 2, 0)):
+        tally = outcome.tally.by_source["tests:0"]
+        assert (tally.asked, tally.offered, tally.accepted) == (asked, offered, 0)
+        assert outcome.tally.together.asked == asked and not outcome.choice.is_off
+    assert second.rows == second.num_sequences == 2 and dict(second.draft_s)["tests:0"] > 0
+    assert third.tally is None, "nobody was asked again"
+
+
+def test_peers_are_told_as_requests_and_rows() -> None:
+    peers = StepSize(sequences=3, rows=11, has_prefill=False)
+    one = desk(StubDrafter([TokenTree.chain([1])]), governor=True)
+    with mock.patch.object(one, "_governor") as governor:
+        one.verified(step(1))
+        governor.choose.return_value = OFF
+        one.choose(1, 10, 0, peers)
+        one.verified(step(1, peers=peers))
+        state, outcome = governor.choose.call_args.args[0], governor.observe.call_args.args[0]
+        one.choose(1, 10, 0, peers)
+        one.verified(step(1, peers=replace(peers, has_prefill=True)))
+        prefilled = governor.observe.call_args.args[0]
+    for told in (state, outcome):
+        assert (told.peer_sequences, told.peer_rows) == (3, 11)
+    assert not outcome.has_prefill and prefilled.has_prefill, "a step that waits for a prefill is no decode step"
+
+
+def test_ranks_tell_each_other_the_size_of_their_steps() -> None:
+    """Three ranks: this one decodes with drafts, one prefills, one has nothing to do."""
+    columns = torch.tensor([[9, 9, 0, 0, 4, 3, 9], [40, 40, 0, 0, 4, 2, 2], [1, 1, 0, 0, 5, 0, 0]], dtype=torch.int32)
+    said: list[list[int]] = []
+
+    def gather_rows(rows: list[torch.Tensor], counts: list[int]) -> list[torch.Tensor]:
+        said.append(rows[0][0].tolist())
+        return [torch.cat([rows[0], columns[1:]])]
+
+    exchange = SimpleNamespace(gather_rows=gather_rows)
+    group = SimpleNamespace(device_communicator=SimpleNamespace(exchange=exchange))
+    config = SimpleNamespace(data_parallel_size=3, data_parallel_rank=0)
+    with (
+        mock.patch.object(patches, "get_dp_group", lambda: group),
+        mock.patch.object(patches.dp_utils, "_get_device_and_group", lambda config: ("cpu", None)),
+        mock.patch.object(patches, "_sizes", []),
+    ):
+        patches.announce(3, 9)
+        told = patches._coordinate_with_vote(False, 9, 9, 0, config)
+        peers = patches.size_of_peers(0)
+        patches._coordinate_with_vote(False, 1, 1, 0, config)  # a dummy step announces nothing
+    assert told.T.tolist() == [[9, 9, 0, 0], [40, 40, 0, 0], [1, 1, 0, 0]], "vLLM sees its own four rows"
+    assert peers == StepSize(sequences=2, rows=2, has_prefill=True)
+    assert [one[-2:] for one in said] == [[3, 9], [0, 0]]
+
+
+def test_no_tree_is_deeper_than_its_request_can_go() -> None:
+    deep = TokenTree.of_lists([1, 2, 3, 4, 5, 6], [0, 1, 2, 1, 3, 4])
+    one = desk(StubDrafter([deep, deep]))
+    one.choose(2, 10, 0, NOTHING)
+    trees = one.propose([request("a", max_depth=2), request("b", max_depth=4)])
+    assert trees["a"].to_lists() == ([1, 2, 4], [0, 1, 1])
+    assert trees["b"] is deep
+
+
 def test_all_trees_fit_a_step() -> None:
     one = desk(RandomDrafter(config(), MODEL, None))
-    one.choose(100, 10, 0, 0)
+    one.choose(100, 10, 0, NOTHING)
     assert one.budgets([str(i) for i in range(100)]) == [0] * 100
     assert one.budgets([str(i) for i in range(10)]) == [4] * 10
     assert one.budgets(["a"]) == [6]
 
 
 def test_turned_off_nothing_is_drafted() -> None:
-    one = desk(RandomDrafter(config(), MODEL, None))
-    one.turn(False)
-    assert one.choose(3, 10, 0, 0).is_off
-    one.turn(True)
-    assert not one.choose(3, 10, 0, 0).is_off
-    assert one.choose(0, 0, 0, 0).is_off
+    one = desk(RandomDrafter(config(), MODEL, None), AdversarialDrafter(config(), MODEL, None))
+    assert one.choose(3, 10, 0, NOTHING).sources == ("tests:0", "tests:1")
+    one.turn([])
+    assert one.choose(3, 10, 0, NOTHING).is_off
+    one.turn(["tests:1"])
+    assert one.choose(3, 10, 0, NOTHING).sources == ("tests:1",)
+    assert one.choose(0, 0, 0, NOTHING).is_off
+    with pytest.raises(InvalidRequest, match="nobody"):
+        one.turn(["nobody"])
+
+
+def test_always_means_whatever_the_governor_would_choose() -> None:
+    """And what comes of it is not laid at the governor's door."""
+    one = desk(StubDrafter([TokenTree.chain([1])]), governor=True)
+    with mock.patch.object(one, "_governor") as governor:
+        governor.choose.return_value = OFF
+        assert one.choose(1, 10, 0, NOTHING).is_off
+        one.turn(["tests:0"], True)
+        one.verified(step(1))
+        assert one.choose(1, 10, 0, NOTHING).budget_nodes == one.budgets(["a"])[0] == 6
+        tree = one.propose([request()])["a"]
+        one.turn(["tests:0"])
+        one.verified(step(1, [("a", tree, walk(tree, [9, 9]))]))
+        assert one.num_pending == 0 and governor.observe.call_count == 0
+        assert one.choose(1, 10, 0, NOTHING).is_off
 
 
 def test_useless_drafts_are_given_up() -> None:
@@ -154,26 +268,13 @@ def test_useless_drafts_are_given_up() -> None:
     names = list("abcd")
     drafted = []
     for _ in range(400):
-        choice = one.choose(4, 400, 0, 0)
+        choice = one.choose(4, 400, 0, NOTHING)
         requests = [request(n, budget=b) for n, b in zip(names, one.budgets(names), strict=True) if b]
         trees = {} if choice.is_off else one.propose(requests)
         drafted.append(bool(trees))
         now[0] += 0.015 if trees else 0.010
         verified = [(name, tree, walk(tree, [0] * tree.num_rows)) for name, tree in trees.items()]
-        rows = 4 + sum(tree.num_nodes for tree in trees.values())
-        one.verified(
-            Verified(
-                num_sequences=4,
-                context_tokens=400,
-                rows=rows,
-                num_tokens=4,
-                has_prefill=False,
-                version=0,
-                peer_rows=0,
-                trees=verified,
-                is_continued=True,
-            )
-        )
+        one.verified(step(4, verified))
     assert any(drafted), "it was tried"
     assert now[0] < 400 * 0.010 / 0.97
 
@@ -236,13 +337,13 @@ def test_rows_positions_and_moves_of_a_step() -> None:
         starts=np.array([0, 7, 12, 13, 16]),
         bases=np.array([20, 100, 30, 40]),
     )
-    rows, owners, positions = batch.sampled_rows()
+    rows, owners, positions = batch.sampled_rows
     assert rows.tolist() == [6, 7, 8, 9, 10, 11, 12, 13, 14, 15]
     assert owners.tolist() == [0, 1, 1, 1, 1, 1, 2, 3, 3, 3]
     assert positions.tolist() == [20, 100, 101, 101, 102, 102, 30, 40, 41, 42]
     assert batch.branching() == [1]
     impl = mock.Mock()
-    key, value = torch.arange(16.0), torch.arange(16.0) + 50
+    key, value = torch.arange(16.0)[:, None], torch.arange(16.0)[:, None] + 50
     batch.written.append(Written(impl=impl, layer="layer", key=key, value=value, kv_cache="cache"))
     accepted = [
         Accepted(tokens=(9,), rows=(0,)),
@@ -254,8 +355,19 @@ def test_rows_positions_and_moves_of_a_step() -> None:
     assert moved.tolist() == [9, 11] and slots.tolist() == [208, 209]
     layer, keys, values, cache, targets = impl.do_kv_cache_update.call_args.args
     assert (layer, cache) == ("layer", "cache") and targets.tolist() == [208, 209]
-    assert keys.tolist() == [9, 11] and values.tolist() == [59, 61]
+    assert keys.flatten().tolist() == [9, 11] and values.flatten().tolist() == [59, 61]
     assert not batch.written
+
+
+def test_nothing_is_accepted_after_a_token_that_ends_the_request() -> None:
+    walked = Accepted(tokens=(5, 2, 8, 9), rows=(0, 1, 3, 4))
+
+    def until(stop_token_ids: list[int] | None, eos_token_id: int | None = None) -> Accepted:
+        return until_stop(walked, SimpleNamespace(stop_token_ids=stop_token_ids, eos_token_id=eos_token_id))
+
+    assert until([2, 8]) == until([8], eos_token_id=2) == Accepted(tokens=(5, 2), rows=(0, 1))
+    assert until([9]) is walked and until(None) is walked, "the last one may end it"
+    assert until([5]).num_drafted == 0
 
 
 def test_the_scheduler_takes_drafts_of_running_requests_only() -> None:

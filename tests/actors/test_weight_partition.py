@@ -12,7 +12,7 @@ from rollout.config import Int4Config
 from rollout.errors import InvalidRequest
 from rollout.sync.checkpoint_names import split_parameter
 from rollout.sync.encoding import TensorPlan, plan_tensors
-from rollout.sync.manifest import aligned, check_tiling, spec_of
+from rollout.sync.manifest import TensorSpec, aligned, check_tiling, spec_of
 
 Shapes = list[tuple[str, tuple[int, ...]]]
 
@@ -105,6 +105,20 @@ def test_whole_groups_need_no_loans_and_whole_parameters_never_do():
     loans = divide(shapes, plans, 7, 2**20, is_partitioned=True).loans
     assert loans and sum(loan.stop - loan.start for loan in loans) < 7 * 2 * 64
     assert divide(shapes, plans, 7, 2**20, is_partitioned=False).loans == ()
+
+
+def test_what_every_rank_holds_whole_is_sent_once_and_never_lent():
+    shapes = [("norm.weight", (130,)), ("layers.0.q_proj.weight", (5, 96))]
+    beside = [("draft.trust_by_depth", (5, 2)), ("draft.mlp.experts.down_proj", (2, 3, 100))]  # no parts of them
+    plans = plans_of(shapes, None) | plan_tensors(
+        [TensorSpec(name=n, shape=s, dtype="float32") for n, s in beside], None
+    )
+    division = divide(shapes, plans, 3, 400, is_partitioned=True, replicated=beside)
+    check_tiling({name: plan.num_rows for name, plan in plans.items()}, [piece for _, piece in division.pieces])
+    assert {share.parameter for _, share in shares_of(division)} == plans.keys()
+    assert division.loans == divide(shapes, plans_of(shapes, None), 3, 400, is_partitioned=True).loans != ()
+    ranks = {rank for rank, share in shares_of(division) if share.parameter == "draft.mlp.experts.down_proj"}
+    assert ranks == {0, 1, 2}, "the ranks share the work"
 
 
 def test_other_tensors_than_are_served_are_refused():

@@ -1,4 +1,4 @@
-"""Options of routing replay and the mismatch budget that would have no effect are refused."""
+"""Options of routing replay, the mismatch budget and the draft's update that would have no effect are refused."""
 
 import pytest
 
@@ -7,6 +7,18 @@ from rollout.errors import InvalidRequest
 from rollout.trainer_config import OverBudget
 
 CAPTURED = "engine.enable_return_routed_experts=true"
+
+DRAFTS = [
+    "engine.speculation.enabled=true",
+    "engine.speculation.sources=[clover2]",
+    "engine.speculation.draft_model=models/tiny/draft",
+    "engine.speculation.draft_travels=true",
+]
+
+
+def test_a_draft_that_travels_may_learn():
+    config = compose([*DRAFTS, "trainer.draft.num_steps=4", "trainer.draft.lr=1e-3"])
+    assert (config.trainer.draft.num_steps, config.trainer.draft.lr) == (4, 1e-3)
 
 
 def test_a_full_budget_composes():
@@ -33,6 +45,10 @@ def test_a_full_budget_composes():
         (["mismatch.every_steps=1", "mismatch.budget_kl.routing=0.1"], "mismatch.budget_kl.routing"),
         (["mismatch.every_steps=1", "mismatch.action=tighten", "trainer.use_tis=false"], "mismatch.action"),
         (["mismatch.every_steps=1", "mismatch.budget_kl.kv=0"], "mismatch.budget_kl.kv"),
+        (["trainer.draft.num_steps=2"], "trainer.draft"),
+        ([*DRAFTS, "engine.speculation.enabled=false", "trainer.draft.lr=1e-3"], "trainer.draft"),
+        ([*DRAFTS, "trainer.draft.num_steps=-1"], "trainer.draft.num_steps"),
+        ([*DRAFTS, "trainer.draft.max_tokens=0"], "max_tokens"),
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )

@@ -18,13 +18,17 @@ def test_compares_policies_and_writes_record_and_picture(tmp_path: Path, capsys:
     out, picture = tmp_path / "out.json", tmp_path / "picture.png"
     assert main([*TINY, "seeds=0,1", f"out={out}", f"picture={picture}"]) == 0
     record = json.loads(out.read_text())
-    assert set(record["outcomes"]) == {"static", "partial", "divided"}
+    shipped = {"divided + eagle3-rl", "divided + eagle3-235b"}
+    assert set(record["outcomes"]) == {"static", "partial", "divided"} | shipped
+    assert set(record["acceptance"]) == shipped and all(one["source"] for one in record["acceptance"].values())
     assert all(len(runs) == 2 for runs in record["outcomes"].values())
     first, other = record["outcomes"]["static"][0], record["outcomes"]["divided"][0]
     assert record["makespan_speedup"]["divided"][0] == pytest.approx(first["makespan_s"] / other["makespan_s"])
     assert first["num_tokens"] == other["num_tokens"], "all policies do the same work"
     assert picture.read_bytes().startswith(b"\x89PNG")
-    assert "decisions/s" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "vs static" in said and "vs partial" in said
+    assert "2.47 tokens a step with 3 drafts (EAGLE-3 on Qwen3-8B" in said
 
 
 def test_replays_a_trace_at_measured_costs(tmp_path: Path) -> None:
@@ -48,6 +52,12 @@ def test_replays_a_trace_at_measured_costs(tmp_path: Path) -> None:
     assert speedups(runs)["static"] == [1.0]
 
 
+def test_a_given_acceptance_takes_the_place_of_the_published_ones() -> None:
+    request = parse([*TINY, "spec_draft_tokens=2", "spec_accept_length=1.5", "speculating=static,divided"])
+    assert [row.name for row in request.rows[3:]] == ["static + 1.5 of 2", "divided + 1.5 of 2"]
+    assert [row.scenario(request.scenario).spec_draft_tokens for row in request.rows] == [0, 0, 0, 2, 2]
+
+
 @pytest.mark.parametrize(
     ("arguments", "what"),
     [
@@ -64,6 +74,7 @@ def test_replays_a_trace_at_measured_costs(tmp_path: Path) -> None:
         (["kv_tokens=1000"], "kv_tokens"),
         (["over_sampling=1.5"], "over_sampling"),
         (["speculating=all"], "speculating"),
+        (["acceptance=hoped"], "acceptance"),
     ],
 )
 def test_bad_input_is_refused_with_its_name(

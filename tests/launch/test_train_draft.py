@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from launch import draft_drift, train_draft
 from launch.compose import compose
+from launch.draft_policies import exchanged_tokens
 from launch.draft_report import CHAIN, TREE, measure
 from launch.draft_rollouts import exported_rollouts, rollouts, sample_tokens, with_hidden
 from launch.draft_target import Target, load_target
@@ -159,8 +161,27 @@ def test_a_draft_follows_policy_updates(tmp_path: Path, capsys: pytest.CaptureFi
     out = tmp_path / "drift.json"
     arguments = ["updates=1", "held_out=4", "draft_steps=1", "trainer.prompts_per_step=2", "sampling.max_tokens=24"]
     assert draft_drift.main([*arguments, "sampling.n_samples_per_prompt=2", f"out={out}"]) == 0
-    points = json.loads(out.read_text())["points"]
-    assert [p["update"] for p in points] == [0, 1]
-    assert points[0]["followed"] == points[0]["frozen"] and points[0]["reward"] is None
-    assert 0.0 <= points[1]["reward"] <= 1.0
+    record = json.loads(out.read_text())
+    assert [drift["policy"] for drift in record["policies"]] == ["grpo", "restyle"]
+    for drift in record["policies"]:
+        first, last = points = drift["points"]
+        assert [p["update"] for p in points] == [0, 1]
+        assert first["followed"] == first["frozen"] and first["reward"] is None
+        assert 0.0 <= last["reward"] <= 1.0
+        assert drift["updated_ratio"] == last["followed"] / first["followed"]
+        assert drift["frozen_ratio"] == last["frozen"] / first["frozen"]
     assert "draft frozen" in capsys.readouterr().out
+
+
+def test_the_other_style_says_the_same_in_as_many_tokens(target: Target) -> None:
+    config = compose()
+    tokenizer = AutoTokenizer.from_pretrained(config.model.path)
+    exchanged = exchanged_tokens(tokenizer)
+    tokens = tokenizer.encode("12 + 3 - 4\n15 - 4\n<answer>11</answer>", add_special_tokens=False)
+    assert tokenizer.decode([exchanged.get(t, t) for t in tokens]) == "12+3-4;15-4;<answer>11</answer>"
+    assert not set(exchanged) & set(exchanged.values()), "what is in the new style already stays"
+
+
+def test_an_unknown_policy_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert draft_drift.main(["policies=grpo,guess"]) == 2
+    assert "policies" in capsys.readouterr().err

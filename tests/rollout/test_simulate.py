@@ -8,15 +8,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rollout.errors import InvalidRequest
 from rollout.simulate.lengths import GroupWork
 from rollout.simulate.outcome import Outcome, tail_ratio
 from rollout.simulate.rank import Rank, Sequence
 from rollout.simulate.rank_group import Message, RankGroup
 from rollout.simulate.scenario import POLICIES, Scenario
 from rollout.simulate.simulation import Simulation
+from rollout.simulate.speculation import Load, Speculation
 from rollout.simulate.timeline import Timeline
 
-WALL = {"wall_s", "cpu_s", "decisions_per_s"}  # of the machine, not of the simulated fleet
+WALL = {"wall_s", "cpu_s", "decisions_per_s", "decisions_per_cpu_s"}  # of the machine, not of the simulated fleet
 
 
 @dataclass(frozen=True)
@@ -233,7 +235,7 @@ def test_every_trajectory_ends_with_exactly_its_length(
     assert outcome.num_tokens == sum(simulated.lengths_seen.values())
     assert outcome.num_trajectories >= scenario.rl_steps * scenario.prompts * scenario.n_samples_per_prompt
     assert outcome.max_running <= scenario.max_running
-    if policy == "divided" and scenario.spec_accept_length == 1:
+    if policy == "divided":
         assert outcome.max_kv_share <= 1
         assert outcome.num_preemptions == 0
     if policy == "static" or not stale[0]:
@@ -266,6 +268,41 @@ def test_speculation_divides_the_steps() -> None:
     assert fast.num_tokens == plain.num_tokens
     # At most half of the steps, each with one more row for every sequence.
     assert plain.makespan_s / 2 < fast.makespan_s < 0.75 * plain.makespan_s
+
+
+def test_a_chain_of_drafts_brings_what_was_measured_of_the_longest() -> None:
+    chain = Speculation.chain(3.77, 7, 0.0)
+    assert chain.tokens[0] == 1 and chain.tokens[-1] == 3.77
+    growth = np.diff(chain.tokens)
+    # Each draft is reached with the chance of the first times that of the one before: a geometric series.
+    assert growth[1:] / growth[:-1] == pytest.approx([growth[0]] * 6, rel=1e-9)
+    with pytest.raises(InvalidRequest, match="spec_accept_length"):
+        Speculation.chain(3.0, 1, 0.0)
+
+
+def test_drafts_are_as_many_as_bring_the_most_tokens_a_second() -> None:
+    costs = LinearCosts(step_s=0.01, row_s=1e-4, context_token_s=0.0, shared_row_s=0.0)
+    chain = Speculation(tokens=(1.0, 1.8, 2.4, 2.8), draft_s=1e-3)
+
+    def tokens_per_s(num_drafts: int, batch: int) -> float:
+        return chain.tokens[num_drafts] / (0.01 + 1e-4 * batch * (1 + num_drafts) + 1e-3 * num_drafts)
+
+    for batch in (1, 20, 80, 400, 2000):
+        best = chain.best([Load(num_decoding=batch, context_tokens=0.0)], costs, 10**6)
+        assert tokens_per_s(best, batch) == max(tokens_per_s(n, batch) for n in range(4))
+    assert chain.best([Load(num_decoding=1, context_tokens=0.0)], costs, 10**6) == 3
+    assert chain.best([Load(num_decoding=100, context_tokens=0.0)], costs, 250) <= 1, "three rows each are too many"
+    # Where only the context costs anything, a draft is free.
+    reading = LinearCosts(step_s=0.0, row_s=0.0, context_token_s=1e-6, shared_row_s=0.0)
+    free = Speculation(tokens=chain.tokens)
+    assert free.best([Load(num_decoding=500, context_tokens=1e6)], reading, 10**6) == 3
+
+
+def test_speculation_that_does_not_pay_is_off() -> None:
+    scenario = replace(SMALL, kv_tokens=10**5)
+    plain = simulation(scenario, "static").run().outcome
+    dear = replace(scenario, spec_accept_length=1.2, spec_draft_tokens=3, spec_draft_s=1.0)
+    assert simulation(dear, "static").run().outcome.makespan_s == plain.makespan_s
 
 
 def test_an_over_sampled_step_carries_its_excess_over() -> None:

@@ -1,0 +1,138 @@
+"""From the turns of the speculation bench to its figures. A part of launch.bench_speculation. Runs nothing.
+
+A speed-up is the median of the repeats' ratios. Where the claim is "never slower", the repeats' times are added up
+before they are compared, so that what a governor spends on trying in one repeat is not left out with it.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from launch.rollout_run import Timeline
+from launch.rollout_turns import quantiles
+from launch.speculation_loads import Options
+from launch.speculation_turns import DRAFTING, NGRAM, NONE, STOCK, TURNED_OFF, Results, Turn
+
+ACCEPT_LENGTH = "rollout/spec_accept_length"
+TARGETS = {"tail_speedup": 2.0, "rollout_speedup": 1.3, "worst_case_ratio": 0.97, "corrupted_ratio": 0.97}
+"""The least that each of these figures should be."""
+
+
+def record_of(options: Options, results: Results) -> dict[str, Any]:
+    """Everything, with the figures first; a part that was not measured has none."""
+    ratios = _speedups(results)
+    record: dict[str, Any] = {name: statistics.median(values) for name, values in ratios.items()}
+    if results.tails:
+        record["tail_speedup"] = min(record[f"tail_speedup_{count}"] for count in results.tails)
+    if results.worst:
+        pooled = {count: pooled_ratio(turns, DRAFTING) for count, turns in results.worst.items()}
+        record["worst_case_ratio"] = min(pooled.values())
+        record["worst_case_batch"] = min(pooled, key=lambda count: pooled[count])
+        record["off_ratio"] = pooled_ratio([t for turns in results.worst.values() for t in turns], TURNED_OFF)
+        for count, turns in results.worst.items():
+            ratios[f"worst_ratio_{count}"] = _ratios(turns, "tokens_per_s", DRAFTING, NONE)
+            record[f"worst_ratio_{count}"] = pooled[count]
+    if results.corrupted:
+        ratios["corrupted_ratio"] = _ratios(results.corrupted, "tokens_per_s", DRAFTING, NONE)
+        record["corrupted_ratio"] = pooled_ratio(results.corrupted, DRAFTING)
+        record["alarm_chunks"] = results.alarm_chunks
+    record |= _accept_lengths(results)
+    record["num_near_ties"] = sum(len(turn.repeat.differences) for turn in all_turns(results))
+    record["repeats"] = ratios
+    record["options"] = asdict(options)
+    record["turns"] = {name: [_turn_record(turn) for turn in turns] for name, turns in _by_name(results).items()}
+    return record
+
+
+def pooled_ratio(turns: Sequence[Turn], way: str) -> float:
+    """Throughput of a way over that without drafting, of all turns together: both generate the same tokens."""
+    with_s, without_s = (sum(t.repeat.timelines[name].wall_s for t in turns) for name in (way, NONE))
+    return without_s / with_s
+
+
+def all_turns(results: Results) -> list[Turn]:
+    """Of all parts."""
+    return [turn for turns in _by_name(results).values() for turn in turns]
+
+
+def table(record: Mapping[str, Any]) -> str:
+    """One line a figure: its value, what it should be, and the lowest and highest of the repeats."""
+    rows = [f"{'figure':<24} {'value':>7} {'target':>7}   lowest … highest of the repeats"]
+    for name, value in record.items():
+        if not isinstance(value, (int, float)) or name == "num_near_ties":
+            continue
+        target = f"≥ {TARGETS[name]:.2f}" if name in TARGETS else ""
+        spread = record["repeats"].get(name)
+        text = f"{min(spread):.3f} … {max(spread):.3f}" if spread else ""
+        shown = f"{value:>7}" if isinstance(value, int) else f"{value:>7.3f}"
+        rows.append(f"{name:<24} {shown} {target:>7}   {text}".rstrip())
+    if "alarm_chunks" in record and record["alarm_chunks"] is None:
+        rows.append("the corrupted draft was not noticed")
+    return "\n".join([*rows, f"near ties between ways: {record['num_near_ties']}"])
+
+
+def _speedups(results: Results) -> dict[str, list[float]]:
+    """Ratios of the repeats, by figure."""
+    ratios: dict[str, list[float]] = {}
+    for count, turns in results.tails.items():
+        ratios[f"tail_speedup_{count}"] = _ratios(turns, "tokens_per_s", DRAFTING, NONE)
+        for way, name in ((STOCK, "vllm"), (NGRAM, "ngram")):
+            if all(way in turn.repeat.timelines for turn in turns):
+                ratios[f"tail_over_{name}_{count}"] = _ratios(turns, "tokens_per_s", DRAFTING, way)
+    if results.answers:
+        ratios["answers_speedup"] = _ratios(results.answers, "tokens_per_s", DRAFTING, NONE)
+    if results.heavy:
+        ratios["rollout_speedup"] = _ratios(results.heavy, "makespan_s", NONE, DRAFTING)
+        ratios["rollout_tail_speedup"] = _ratios(results.heavy, "tail_s", NONE, DRAFTING)
+    return {name: values for name, values in ratios.items() if math.inf not in values}  # tails of no time
+
+
+def _ratios(turns: Sequence[Turn], figure: str, over: str, under: str) -> list[float]:
+    return [turn.repeat.ratio(figure, over, under) for turn in turns]
+
+
+def _accept_lengths(results: Results) -> dict[str, float]:
+    """Tokens of a step and sequence that was drafted for, by what was generated."""
+    parts: dict[str, list[Turn]] = {
+        "tail": [turn for turns in results.tails.values() for turn in turns],
+        "answers": results.answers,
+        "rollout": results.heavy,
+    }
+    found = {}
+    for name, turns in parts.items():
+        values = [v for turn in turns if (v := turn.drafts[DRAFTING].get(ACCEPT_LENGTH)) is not None]
+        if values:
+            found[f"accept_length_{name}"] = statistics.median(values)
+    return found
+
+
+def _by_name(results: Results) -> dict[str, list[Turn]]:
+    named = {f"tail_{count}": turns for count, turns in results.tails.items()}
+    named |= {"answers": results.answers, "rollout": results.heavy}
+    named |= {f"worst_{count}": turns for count, turns in results.worst.items()}
+    named |= {"settled": [results.settled] if results.settled else [], "corrupted": results.corrupted}
+    return {name: turns for name, turns in named.items() if turns}
+
+
+def _turn_record(turn: Turn) -> dict[str, Any]:
+    return {
+        "length_quantiles": quantiles(turn.repeat.lengths),
+        "near_ties": [str(one) for one in turn.repeat.differences],
+        "drafts": turn.drafts,
+        "ways": {way: _way_record(timeline) for way, timeline in turn.repeat.timelines.items()},
+    }
+
+
+def _way_record(timeline: Timeline) -> dict[str, Any]:
+    return {
+        "makespan_s": timeline.makespan_s,
+        "tail_s": timeline.tail_s,
+        "wall_s": timeline.wall_s,
+        "tokens_per_s": timeline.tokens_per_s,
+        "num_tokens": timeline.num_tokens,
+        "num_chunks": sum(bar.num_chunks for bar in timeline.bars),
+    }

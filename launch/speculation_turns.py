@@ -1,0 +1,256 @@
+"""The parts of the speculation bench: each load through every way of serving it, in turns. A part of
+launch.bench_speculation.
+
+The ways are a service that drafts, the same service on engines that were started without drafting, and plain vLLM.
+Owns the order of everything, what drafts with, and when weights are published; knows nothing of ratios. All ways of a
+service must give the same tokens.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+
+from actors.service import Service
+from launch.rollout_load import Load
+from launch.rollout_run import Run, policy_of, serve, serve_plain, serve_stock
+from launch.rollout_turns import OURS as POLICY
+from launch.rollout_turns import Bench, Repeat, Serve, rotated, scheduler_of
+from launch.speculation_loads import Loads, Options, tail_loads
+from launch.speculation_useless import USELESS, publication
+from rollout.config import RunConfig
+from rollout.governor.statistics import SpeculationRecord
+
+DRAFTING, NONE, TURNED_OFF, STOCK, NGRAM = "speculation", "none", "turned off", "vllm", "vllm ngram"
+SOURCES = ("clover2", "sibling")
+"""That draft, except where a part is about one alone."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Engines:
+    """What serves.
+
+    Attributes:
+        ours: A service whose engines draft.
+        plain: The same without.
+        stock: Engines of plain vLLM by way: as many as one expert-parallel group has.
+    """
+
+    ours: Service
+    plain: Service
+    stock: Mapping[str, Sequence[Any]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Turn:
+    """A load through every way, and what drafting came to in each way that drafts, by W&B key."""
+
+    repeat: Repeat
+    drafts: dict[str, dict[str, float]]
+
+
+@dataclass(slots=True, kw_only=True)
+class Results:
+    """Turns of every part, by repeat; dictionaries by the number of sequences. Owned by whoever asked for them.
+
+    Attributes:
+        tails, answers, heavy, worst: Of these loads.
+        settled: Of the draft before it was corrupted; None where that was not measured.
+        alarm_chunks: Chunks of every sequence until the corrupted draft was noticed; None if it was not.
+        corrupted: Afterwards.
+    """
+
+    tails: dict[int, list[Turn]] = field(default_factory=dict)
+    answers: list[Turn] = field(default_factory=list)
+    heavy: list[Turn] = field(default_factory=list)
+    worst: dict[int, list[Turn]] = field(default_factory=dict)
+    settled: Turn | None = None
+    alarm_chunks: int | None = None
+    corrupted: list[Turn] = field(default_factory=list)
+
+
+class SpeculationBench:
+    """Measures part by part.
+
+    Args:
+        engines: See `Engines`.
+        config: Of both services; its speculation is that of ours.
+        options: See `Options`.
+        loads: See `Loads`.
+    """
+
+    def __init__(self, engines: Engines, config: RunConfig, options: Options, loads: Loads) -> None:
+        self._ours, self._plain, self._stock = engines.ours, engines.plain, engines.stock
+        self._config, self._options, self._loads = config, options, loads
+        everybody = replace(engines.ours, shards=[*engines.ours.shards, *engines.plain.shards])
+        stock = [engine for some in engines.stock.values() for engine in some]
+        self._bench = Bench(everybody, config, options.rollouts(), stock)
+        self._drafts: dict[str, dict[str, float]] = {}  # of the turn under way
+
+    def run(self) -> Results:
+        """All parts that were asked for."""
+        results = Results()
+        parts: dict[str, Callable[[Results], None]] = {
+            "tail": self._tails,
+            "answers": self._answers,
+            "rollout": self._rollouts,
+            "worst": self._worst,
+            "corrupted": self._corrupted,
+        }
+        print("warming up", flush=True)
+        ways = {DRAFTING: self._directly(self._ours, SOURCES), NONE: self._directly(self._plain), **self._stock_ways()}
+        self._turn(self._loads.warm_up, ways, 0, "warm-up")
+        for name, measure in parts.items():
+            if name in self._options.parts:
+                measure(results)
+        return results
+
+    def _tails(self, results: Results) -> None:
+        results.tails = {count: [] for count in self._options.tails}
+        with self._through_controllers("tail", max(self._options.tails), is_group=True) as ways:
+            ways |= self._stock_ways()
+            for number, pool in enumerate(self._loads.pools):
+                print(f"{len(pool.request.prompts)} answers, of which the longest make tails", flush=True)
+                answers = serve_group(self._group_of(self._plain), pool, "pool").groups
+                for count, loads in tail_loads(pool, answers, self._options).items():
+                    for place, load in enumerate(loads):
+                        print(f"{count} long answers, repeat {number + 1}", flush=True)
+                        run_id = f"tail-{count}-{number}-{place}"
+                        results.tails[count].append(self._turn(load, ways, number + place, run_id))
+
+    def _answers(self, results: Results) -> None:
+        with self._through_controllers("answers", self._options.slots, is_group=True) as ways:
+            for number, load in enumerate(self._loads.answers):
+                print(f"answers, {self._options.slots} at a time, repeat {number + 1}", flush=True)
+                results.answers.append(self._turn(load, ways, number, f"answers-{number}"))
+
+    def _rollouts(self, results: Results) -> None:
+        with self._through_controllers("rollout", self._options.slots, is_group=False) as ways:
+            for number, load in enumerate(self._loads.heavy):
+                for visit, earlier in enumerate(self._loads.earlier[number], start=1):
+                    print(f"visit {visit} of the prompts of repeat {number + 1}", flush=True)
+                    self._turn(earlier, ways, number, f"visit-{number}-{visit}")
+                print(f"heavy-tailed lengths, repeat {number + 1}", flush=True)
+                results.heavy.append(self._turn(load, ways, number, f"heavy-{number}"))
+
+    def _worst(self, results: Results) -> None:
+        ways = {
+            DRAFTING: self._directly(self._ours, (USELESS,)),
+            TURNED_OFF: self._directly(self._ours, ()),
+            NONE: self._directly(self._plain),
+        }
+        for count, loads in self._loads.worst.items():
+            results.worst[count] = []
+            for number, load in enumerate(loads):
+                print(f"useless drafts for {count} sequences, repeat {number + 1}", flush=True)
+                self._publish(is_corrupted=False)  # what is known of drafts counts for less: it must be found out again
+                results.worst[count].append(self._turn(load, ways, number, f"worst-{count}-{number}"))
+
+    def _corrupted(self, results: Results) -> None:
+        ways = {DRAFTING: self._directly(self._ours, ("clover2",)), NONE: self._directly(self._plain)}
+        self._publish(is_corrupted=False)
+        print("the draft as it is", flush=True)
+        results.settled = self._turn(self._loads.settled, ways, 0, "settled")
+        self._publish(is_corrupted=True)
+        for number, load in enumerate(self._loads.chunks, start=1):
+            print(f"the draft corrupted, chunk {number}", flush=True)
+            turn = self._turn(load, ways, 0, f"chunk-{number}")
+            if turn.drafts[DRAFTING].get("spec/alarms"):
+                results.alarm_chunks = number
+                break
+        for number, load in enumerate(self._loads.corrupted):
+            print(f"after {results.alarm_chunks or len(self._loads.chunks)} chunks, repeat {number + 1}", flush=True)
+            results.corrupted.append(self._turn(load, ways, number, f"corrupted-{number}"))
+
+    def _turn(self, load: Load, ways: Mapping[str, Serve], number: int, run_id: str) -> Turn:
+        self._drafts = {}
+        repeat = self._bench.turn(load, rotated(ways, number), run_id)
+        return Turn(repeat=repeat, drafts=self._drafts)
+
+    @contextmanager
+    def _through_controllers(self, name: str, slots: int, *, is_group: bool) -> Iterator[dict[str, Serve]]:
+        """Both services behind a controller of their own, with all their shards or one group of them."""
+        scheduler = scheduler_of(self._config.scheduler, replace(self._options.rollouts(), slots=slots), POLICY)
+        ways: dict[str, Serve] = {}
+        with tempfile.TemporaryDirectory(prefix="longroll-bench-") as directory, ExitStack() as stack:
+            for way, service in ((DRAFTING, self._ours), (NONE, self._plain)):
+                some = self._group_of(service) if is_group else service
+                folder = Path(directory) / way
+                folder.mkdir()
+                client = stack.enter_context(policy_of(some, name, scheduler, self._config.journal, folder))
+                ways[way] = partial(serve, client, num_slots=slots * len(some.shards))
+            ways[DRAFTING] = self._drafting(SOURCES, ways[DRAFTING])
+            yield ways
+
+    def _directly(self, service: Service, sources: Sequence[str] | None = None) -> Serve:
+        """One group of a service without a controller, everything at once."""
+        way = partial(serve_group, self._group_of(service))
+        return way if sources is None else self._drafting(sources, way)
+
+    def _group_of(self, service: Service) -> Service:
+        """The first expert-parallel group of a service, as a service."""
+        number = self._config.engine.num_shards
+        return replace(service, shards=service.shards[:number], infos=service.infos[:number])
+
+    def _stock_ways(self) -> dict[str, Serve]:
+        return {name: partial(serve_engines, engines) for name, engines in self._stock.items()}
+
+    def _drafting(self, sources: Sequence[str], way: Serve) -> Serve:
+        """The way while these sources draft in our service; none: nobody, in engines that could."""
+        name = DRAFTING if sources else TURNED_OFF
+
+        def drafting(load: Load, run_id: str) -> Run:
+            ray.get([shard.turn_speculation.remote(list(sources)) for shard in self._ours.shards])
+            self._take_drafts()
+            run = way(load, run_id)
+            self._drafts[name] = self._take_drafts()
+            return run
+
+        return drafting
+
+    def _take_drafts(self) -> dict[str, float]:
+        """What drafting came to since the last call, in all shards together; empty without a governor."""
+        taken: list[SpeculationRecord | None] = ray.get(
+            [shard.take_speculation.remote() for shard in self._ours.shards]
+        )
+        records = [record for record in taken if record is not None]
+        for other in records[1:]:
+            records[0].merge(other)
+        return records[0].metrics() if records else {}
+
+    def _publish(self, *, is_corrupted: bool) -> None:
+        """Publish the weights of the model directory once more, under the next version."""
+        client = self._ours.client
+        tensors = self._corrupted_weights if is_corrupted else self._weights
+        client.publish(client.stats().live_version + 1, tensors)
+
+    @cached_property
+    def _weights(self) -> dict[str, torch.Tensor]:
+        return self._tensors(is_corrupted=False)
+
+    @cached_property
+    def _corrupted_weights(self) -> dict[str, torch.Tensor]:
+        return self._tensors(is_corrupted=True)
+
+    def _tensors(self, *, is_corrupted: bool) -> dict[str, torch.Tensor]:
+        draft = self._config.engine.speculation.draft_model
+        assert draft is not None, "a draft model drafts"
+        return publication(self._ours.plans, self._config.model.path, draft, is_corrupted=is_corrupted)
+
+
+def serve_group(service: Service, load: Load, run_id: str) -> Run:
+    """Straight to the engines; as many slots as there are sequences."""
+    return serve_plain(service, load, len(load.request.prompts) * load.request.n_samples_per_prompt)
+
+
+def serve_engines(engines: Sequence[Any], load: Load, run_id: str) -> Run:
+    """Through plain vLLM; as many slots as there are sequences."""
+    return serve_stock(engines, load, len(load.request.prompts) * load.request.n_samples_per_prompt)
