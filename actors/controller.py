@@ -137,6 +137,7 @@ class Controller(FleetCalls, FeedCalls, InteractiveCalls, PublicationCalls, Roll
         handle_id = handle_id or uuid.uuid4().hex
         await self._take_over(request)
         restored = await self._keeper.submit(request, handle_id)
+        self._scheduler.remember(await self._keeper.earlier_lengths(request.run_id))
         now = time.monotonic()
         self._scheduler.submit(handle_id, request, now, restored)
         self._ledger.open(handle_id, client_id, len(request.prompts), now)

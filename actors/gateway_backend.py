@@ -101,6 +101,7 @@ class Backend:
         self.client_id = f"gateway-{uuid.uuid4().hex}"
         self._polls = TokenPolls(self.client_id, coalesce_s, lambda: self.call("live_shards"))
         self._running: dict[str, asyncio.Task[None]] = {}
+        self._replacing: asyncio.Task[Any] | None = None
         self._ending: set[str] = set()  # handles of choices that were given up
         self._aborts: set[asyncio.Task[None]] = set()
         self._limits: ModelLimits | None = None
@@ -138,13 +139,22 @@ class Backend:
 
     async def call(self, method: str, *arguments: Any) -> Any:
         """Call the controller. Raises the controller's errors in their own class, and ServiceLost."""
+        controller = self._controller
         try:
-            return await getattr(self._controller, method).remote(*arguments)
+            return await getattr(controller, method).remote(*arguments)
         except Exception as error:  # every error is passed on, in its own class
             known = client_error(error)
             if isinstance(known, ServiceLost):
-                self._controller = await asyncio.to_thread(find_again, self._find, self._controller, known)
+                await self._replace(controller, known)
             raise known from None
+
+    async def _replace(self, lost: Any, error: BaseException) -> None:
+        """Wait for the controller that takes the place of one that was lost; all who lost it wait together."""
+        if self._controller is not lost:
+            return
+        if self._replacing is None or self._replacing.done():
+            self._replacing = asyncio.create_task(asyncio.to_thread(find_again, self._find, lost, error))
+        self._controller = await asyncio.shield(self._replacing)
 
     def publisher(self, bucket_bytes: int) -> AsyncRolloutClient:
         """A client that publishes weights, in pieces of so many bytes."""

@@ -28,6 +28,7 @@ from rollout.sync.encoding import TensorPlan
 from rollout.sync.manifest import torch_dtype
 from rollout.weights_state import WeightsState
 
+ANSWER_TIMEOUT_S = 10.0  # of whoever asks how the service is
 RETRY_LATER = {"Retry-After": "5"}
 TEXT = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -69,10 +70,7 @@ class OperationRoutes:
 
         @routes.get("/metrics", responses=ERRORS | {200: {"content": {"text/plain": {}}}})
         async def metrics(caller: Caller = operator) -> Response:
-            try:
-                stats: ServiceStats | None = await self._backend.call("stats")
-            except LongrollError:
-                stats = None
+            stats: ServiceStats | None = await self._ask("stats")
             return Response(self._parts.metrics.render(stats, self._backend.num_open), media_type=TEXT)
 
         @routes.get("/v1/weights", response_model=Weights, responses=ERRORS, tags=["weights"])
@@ -88,11 +86,18 @@ class OperationRoutes:
     async def _health(self) -> Response:
         if self._parts.is_draining():
             return JSONResponse({"status": "draining"}, 503, RETRY_LATER)
-        try:
-            version = await self._backend.call("live_version")
-        except LongrollError:
+        version: int | None = await self._ask("live_version")
+        if version is None:
             return JSONResponse({"status": "unavailable"}, 503, RETRY_LATER)
         return JSONResponse({"status": "ok", "live_version": version})
+
+    async def _ask(self, method: str) -> Any:
+        """What the service says, or None if it does not answer in time."""
+        try:
+            async with asyncio.timeout(ANSWER_TIMEOUT_S):
+                return await self._backend.call(method)
+        except (LongrollError, TimeoutError):
+            return None
 
     async def _weights(self) -> dict[str, Any]:
         state: WeightsState = await self._backend.call("weights")

@@ -26,6 +26,7 @@ from rollout.types import FinishReason, RolloutRequest, Status
 logger = logging.getLogger(__name__)
 RETRY_S = 1.0
 COMPACT_EVERY_S = 60.0
+MAX_LENGTHS = 100_000  # of a run's earlier outputs that are told about
 
 
 class JournalKeeper:
@@ -41,6 +42,7 @@ class JournalKeeper:
     def __init__(self, config: JournalConfig) -> None:
         self._journal = open_journal(config) if config.dsn is not None else None
         self._durable: set[str] = set()  # run ids
+        self._told: set[str] = set()  # runs whose earlier lengths were asked for
         self._line, self._num_in_line = asyncio.Lock(), 0  # calls that wait; first come, first served
         self._compacted_at = 0.0
         self.num_waits = 0
@@ -74,6 +76,13 @@ class JournalKeeper:
                 f"checkpoint has learned from ({learned[0].checkpoint}); {len(learned)} of {len(request.group_ids)} are"
             )
         return {group.group_id: [_restored(one, request) for one in group.trajectories] for group in known}
+
+    async def earlier_lengths(self, run_id: str | None) -> list[tuple[str, int]]:
+        """(prompt id, tokens) of a run's outputs from before this process served it; a run is told about once."""
+        if self._journal is None or run_id is None or run_id in self._told:
+            return []
+        self._told.add(run_id)
+        return await self._surely(partial(self._journal.lengths, run_id, MAX_LENGTHS))
 
     async def append(self, landing: Landing) -> None:
         """Make a chunk durable. Raises JournalConflict."""

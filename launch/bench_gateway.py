@@ -174,7 +174,7 @@ def measure(shard: Any, target: Target, options: Options) -> GatewayCost:
     num_requests = options.requests or 4 * options.streams
 
     def asks(number: int) -> list[Ask]:
-        return random_asks(num_requests, options.prompt_tokens, options.output_tokens, number)
+        return random_asks(num_requests, options.prompt_tokens, options.output_tokens, str(number))
 
     def direct(number: int) -> Round:
         found: Round = ray.get(shard.direct.remote(asks(number), options.streams))

@@ -149,6 +149,7 @@ class Campaign:
     def __init__(
         self, service: Service, workload: Workload, options: Options, *, dtype: str, max_tokens: int, say: Say
     ) -> None:
+        self._began = time.monotonic()
         self._service, self._workload, self._options = service, workload, options
         self._dtype, self._say = dtype, say
         self._samplings = options.samplings(max_tokens)
@@ -163,10 +164,17 @@ class Campaign:
         return sum(report.num_tokens for report in self.reports.values())
 
     def run(self) -> None:
-        """Rounds until enough was compared. Raises LongrollError if a trajectory fails."""
+        """Rounds until enough was compared; the report is written as it grows.
+
+        Raises:
+            LongrollError: A trajectory failed.
+        """
+        out = self._options.out
         while self.num_tokens < self._options.tokens:
             for sampling in self._samplings:
                 self._compare(sampling)
+                if out is not None:
+                    Path(out).write_text(json.dumps(self.record(), indent=1) + "\n")
 
     def _compare(self, sampling: SamplingParams) -> None:
         options = self._options
@@ -227,6 +235,30 @@ class Campaign:
                     report.differences.append((where, difference))
                     self._say(f"{where}: {difference}")
 
+    def record(self) -> dict[str, Any]:
+        """What is written as JSON."""
+        differences = [(where, found) for report in self.reports.values() for where, found in report.differences]
+        return {
+            "num_tokens": self.num_tokens,
+            "num_different": len(differences),
+            "num_near_ties": sum(found.is_near_tie for _, found in differences),
+            "seconds": time.monotonic() - self._began,
+            "drafters": {
+                name: {
+                    "num_tokens": report.num_tokens,
+                    "num_trajectories": report.num_trajectories,
+                    "num_different": len(report.differences),
+                    "num_near_ties": report.num_near_ties,
+                    "accepted_a_step": report.drafts.accepted_a_step,
+                    "accepted_of_drafted": report.drafts.accepted / max(1, report.drafts.nodes),
+                    "trees": report.drafts.trees,
+                }
+                for name, report in self.reports.items()
+            },
+            "by_member": [tally.accepted_a_step for tally in self.by_member],
+            "differences": [{"where": where, **asdict(found)} for where, found in differences[:SHOWN]],
+        }
+
 
 def verdict(reports: dict[str, DrafterReport]) -> str | None:
     """What is wrong; None if all is well."""
@@ -237,32 +269,6 @@ def verdict(reports: dict[str, DrafterReport]) -> str | None:
         if not report.drafts.trees:
             return f"{drafter}: it had no tree to verify"
     return None
-
-
-def record(campaign: Campaign, seconds: float) -> dict[str, Any]:
-    """What is written as JSON."""
-    reports = campaign.reports
-    differences = [(where, found) for report in reports.values() for where, found in report.differences]
-    return {
-        "num_tokens": campaign.num_tokens,
-        "num_different": len(differences),
-        "num_near_ties": sum(found.is_near_tie for _, found in differences),
-        "seconds": seconds,
-        "drafters": {
-            name: {
-                "num_tokens": report.num_tokens,
-                "num_trajectories": report.num_trajectories,
-                "num_different": len(report.differences),
-                "num_near_ties": report.num_near_ties,
-                "accepted_a_step": report.drafts.accepted_a_step,
-                "accepted_of_drafted": report.drafts.accepted / max(1, report.drafts.nodes),
-                "trees": report.drafts.trees,
-            }
-            for name, report in reports.items()
-        },
-        "by_member": [tally.accepted_a_step for tally in campaign.by_member],
-        "differences": [{"where": where, **asdict(found)} for where, found in differences[:SHOWN]],
-    }
 
 
 def check(config: RunConfig, options: Options) -> int:
@@ -279,7 +285,6 @@ def check(config: RunConfig, options: Options) -> int:
     )
     workload = Workload(config.workload, config.model, config.trainer.seed)
     start_ray(config)
-    began = time.monotonic()
     try:
         parts = config.model, config.engine, config.scheduler, config.sync, config.cluster
         _say(f"starting {config.engine.num_all_shards} shards that draft with {', '.join(options.sources)}")
@@ -296,10 +301,8 @@ def check(config: RunConfig, options: Options) -> int:
             campaign.run()
     finally:
         ray.shutdown()
-    result, wrong = record(campaign, time.monotonic() - began), verdict(campaign.reports)
+    result, wrong = campaign.record(), verdict(campaign.reports)
     print(json.dumps(result, indent=1))
-    if options.out is not None:
-        Path(options.out).write_text(json.dumps(result, indent=1) + "\n")
     _say(wrong or f"{result['num_tokens']} tokens are the same, but for {result['num_near_ties']} near ties")
     return 1 if wrong else 0
 

@@ -14,6 +14,7 @@ import random
 import time
 from typing import Any
 
+import gevent
 from locust import HttpUser, events, task
 
 from launch.http_load import DONE, FIRST_TOKEN, LAST_TOKEN, EventReader, Progress
@@ -26,6 +27,12 @@ def add_options(parser: Any, **_: Any) -> None:
     """What Locust does not know of: lengths, in tokens."""
     parser.add_argument("--prompt-tokens", type=int, default=64, help="tokens of every prompt")
     parser.add_argument("--output-tokens", type=int, default=64, help="tokens of every answer")
+
+
+@events.init.add_listener
+def wind_the_clock(**_: Any) -> None:
+    """gevent's clock stood still while modules were imported, and --run-time would count from before that."""
+    gevent.get_hub().loop.update_now()
 
 
 class Completions(HttpUser):

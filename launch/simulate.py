@@ -140,7 +140,10 @@ def _rows(options: Options, scenario: Scenario) -> tuple[Row, ...]:
         assumed = [Acceptance(name=f"{length:g} of {drafts}", accept_length=length, num_drafts=drafts, source="given")]
     alone = [Row(policy=policy) for policy in options.policies]
     shipped = [Row(policy=p, acceptance=one) for p in options.policies if p in options.speculating for one in assumed]
-    return (*alone, *shipped)
+    rows = (*alone, *shipped)
+    for row in rows:
+        row.scenario(scenario)  # what cannot be simulated is refused here
+    return rows
 
 
 def _fit_to(scenario: Scenario, trace: Sequence[GroupWork]) -> Scenario:

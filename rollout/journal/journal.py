@@ -193,6 +193,10 @@ class Journal:
         """One group with its tokens. Raises InvalidRequest if they are not there."""
         return await self._call(lambda store: store.reader.group(run_id, group_id), is_transactional=False)
 
+    async def lengths(self, run_id: str, most: int) -> list[tuple[str, int]]:
+        """Lengths of a run's newest outputs by prompt; see Reader.lengths."""
+        return await self._call(lambda store: store.reader.lengths(run_id, most), is_transactional=False)
+
     async def compact(self, now: float) -> int:
         """Drop the tokens of groups acknowledged longer than the retention time ago; their keys stay.
 

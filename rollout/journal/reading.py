@@ -50,6 +50,10 @@ _CHUNK = (
     "JOIN trajectories t ON t.group_key = c.group_key AND t.sample_index = c.sample_index AND t.epoch = c.epoch "
     "WHERE c.group_key IN "
 )
+_LENGTHS = (
+    "SELECT g.prompt, t.outcome FROM trajectories t JOIN groups g ON g.group_key = t.group_key WHERE g.run_id = ? "
+    "AND g.is_compacted = 0 AND t.status IN (?, ?) ORDER BY g.group_key DESC, t.sample_index DESC LIMIT ?"
+)
 _Row = tuple[Any, ...]
 
 
@@ -81,6 +85,15 @@ class Reader:
         """Rows of all groups of a run, in the order of submission."""
         sql = "SELECT group_key FROM groups WHERE run_id = ? ORDER BY group_key"
         return [row[0] for row in self._database.execute(sql, (run_id,))]
+
+    def lengths(self, run_id: str, most: int) -> list[tuple[str, int]]:
+        """(prompt id, tokens) of the run's newest outputs that ended by themselves or at their limit, oldest first.
+
+        Compacted ones are left out: their prompts are gone.
+        """
+        ended = (Status.COMPLETED.value, Status.TRUNCATED.value)
+        rows = self._database.execute(_LENGTHS, (run_id, *ended, most))
+        return [(json.loads(prompt)["prompt_id"], json.loads(rest)["num_tokens"]) for prompt, rest in reversed(rows)]
 
     def group_keys(self, run_id: str, group_ids: Iterable[str]) -> dict[str, int]:
         """Rows of those groups that the journal knows."""

@@ -113,6 +113,10 @@ class Dispatcher:
         """Expected length of a job's whole output."""
         return self._predictor.total_tokens(self._jobs[job_id])
 
+    def remember(self, prompt_key: str, num_tokens: int) -> None:
+        """An output of this prompt was so long, at a time that this dispatcher does not know of."""
+        self._predictor.remember(prompt_key, num_tokens)
+
     def add(self, job: Job, now: float) -> None:
         """Queue a job, which may have tokens already."""
         assert job.job_id not in self._jobs, f"{job.job_id} was added twice"

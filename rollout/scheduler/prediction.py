@@ -53,11 +53,15 @@ class LengthPredictor:
     def ended(self, job: Job) -> None:
         """A member has ended by itself or at its limit, with `job.num_tokens`."""
         self._groups[job.group_id].add(job.num_tokens)
-        self._all.add(job.num_tokens)
-        if job.prompt_key is None:
+        self.remember(job.prompt_key, job.num_tokens)
+
+    def remember(self, prompt_key: str | None, num_tokens: int) -> None:
+        """An output of this prompt was so long: one that has just ended, or one of an earlier life of the service."""
+        self._all.add(num_tokens)
+        if prompt_key is None:
             return
-        before = self._prompts.pop(job.prompt_key, float(job.num_tokens))
-        self._prompts[job.prompt_key] = VISIT_WEIGHT * before + (1 - VISIT_WEIGHT) * job.num_tokens
+        before = self._prompts.pop(prompt_key, float(num_tokens))
+        self._prompts[prompt_key] = VISIT_WEIGHT * before + (1 - VISIT_WEIGHT) * num_tokens
         if len(self._prompts) > self._max_prompts:
             self._prompts.popitem(last=False)
 

@@ -14,7 +14,7 @@ work goes out through `next_dispatches`, `take_cuts`, and the book's `take_resta
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from rollout.config import OnStale, SchedulerConfig
 from rollout.errors import EngineDead, QueueFull
@@ -133,6 +133,11 @@ class Scheduler:
         for flight in list(submission.flights.values()):
             if flight.phase is Phase.QUEUED and self._is_stale(flight, self._version):  # restored from long ago
                 self._continue(flight, now)
+
+    def remember(self, lengths: Iterable[tuple[str, int]]) -> None:
+        """Learn from outputs of an earlier life of the service: (prompt id, tokens) of each, the oldest first."""
+        for prompt_id, num_tokens in lengths:
+            self._dispatcher.remember(prompt_id, num_tokens)
 
     def abort(self, handle_id: str, now: float) -> dict[int, list[str]]:
         """End a submission: what is queued is aborted now, what runs when its chunk comes back.

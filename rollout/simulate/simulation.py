@@ -87,7 +87,7 @@ class Simulation:
         self._capacity = {
             rank: ShardCapacity(
                 max_running=slots,
-                kv_tokens=max(scenario.longest, kv_tokens - self._overshoot_tokens),
+                kv_tokens=kv_for_contexts(scenario, kv_tokens),
                 block_tokens=scenario.block_tokens,
                 group=rank // scenario.shards_per_group,
             )
@@ -351,3 +351,9 @@ class Simulation:
             cpu_s=cpu_s,
         )
         return Run(outcome=outcome, timeline=self.timeline, finished_s=np.asarray(record.finished_s))
+
+
+def kv_for_contexts(scenario: Scenario, kv_tokens: int) -> int:
+    """KV of a shard less what drafts need beyond the end of a full batch's chunks."""
+    rows = 1 + scenario.spec_draft_tokens if scenario.spec_draft_tokens else 0
+    return max(scenario.longest, kv_tokens - rows * scenario.max_running)

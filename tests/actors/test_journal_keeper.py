@@ -113,6 +113,23 @@ def test_a_request_goes_on_from_what_is_durable_wherever_it_was_cut(config, num_
         assert [len(t.token_ids) for t in finished.group.trajectories] == [6, 6]
 
 
+def test_lengths_outlive_the_process_and_are_told_once(config):
+    async def story():
+        first = JournalKeeper(config)
+        assert await first.earlier_lengths("run") == []
+        await generate(first, a_request())
+        assert await first.earlier_lengths("run") == [], "what this process served, its scheduler knows"
+        await first.close()
+        second = JournalKeeper(config)
+        await second.submit(a_request(["c"]), "h")  # under way, so of no length yet
+        told = [await second.earlier_lengths(run) for run in ("run", "run", "another", None)]
+        await second.close()
+        return told
+
+    lengths = [("prompt a", 6)] * 2 + [("prompt b", 6)] * 2
+    assert asyncio.run(story()) == [lengths, [], [], []]
+
+
 def test_groups_that_a_checkpoint_has_learned_from_are_not_generated_again(config):
     async def story():
         keeper = JournalKeeper(config)

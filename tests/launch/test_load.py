@@ -93,7 +93,7 @@ def test_times_a_stream_and_sends_what_was_asked() -> None:
 
 
 async def _refuse(request: web.Request) -> web.StreamResponse:
-    return web.json_response({"error": {"message": "full"}}, status=429, headers={"Retry-After": "2"})
+    return web.json_response({"error": {"message": "full"}}, status=429, headers={"Retry-After": "0"})
 
 
 async def _break(request: web.Request) -> web.StreamResponse:
@@ -118,7 +118,7 @@ def test_every_failure_is_an_error(handler: Handler, status: int, message: str) 
 
 def test_refusal_is_no_error_and_says_when() -> None:
     (outcome,) = asyncio.run(outcomes_of(_refuse, 1, 1))
-    assert outcome.is_refused and outcome.error is None and outcome.retry_after_s == 2.0
+    assert outcome.is_refused and outcome.error is None and outcome.retry_after_s == 0.0
 
 
 def test_nobody_there_is_an_error() -> None:

@@ -16,7 +16,7 @@ from launch.report import Options, main, wanted, write
 from launch.report_figures import REQUIREMENTS
 from launch.report_pages import MARKS, summary_line
 from launch.report_rows import Row, planned_rows, rows_of
-from launch.report_sources import NAMES, SOURCES, read_records, run
+from launch.report_sources import NAMES, SOURCES, Source, read_records, run
 from rollout.errors import InvalidRequest, LongrollError
 from rollout.plan.requirements import Verdict
 
@@ -274,12 +274,16 @@ def test_runs_what_has_no_record(tmp_path: Path) -> None:
         wanted(Options(run=("memry",)), {})
 
 
-def test_a_benchmark_without_a_record_is_an_error(tmp_path: Path) -> None:
-    (memory,) = [source for source in SOURCES if source.name == "memory"]
-    said: list[str] = []
-    with pytest.raises(LongrollError, match="got exit code 2"):
-        run(type(memory)(name="memory", command=(*memory.command, "no=such")), tmp_path, said.append)
-    assert said and "launch.bench_memory" in said[0]
+def test_a_benchmark_gives_a_record_or_is_an_error(tmp_path: Path) -> None:
+    """`python -m json.tool IN OUT` stands for one."""
+    made, said = tmp_path / "in.json", list[str]()
+    made.write_text('{"decode_speedup": 1.5}')
+    (tmp_path / "decode.json").write_text("of another time")
+    run(Source(name="decode", command=("json.tool", str(made)), out=""), tmp_path, said.append)
+    assert read_records(tmp_path) == {"decode": {"decode_speedup": 1.5}}
+    with pytest.raises(LongrollError, match="memory: got exit code"):
+        run(Source(name="memory", command=("json.tool", str(tmp_path / "none")), out=""), tmp_path, said.append)
+    assert said[0] == f"decode: python -m json.tool {made}"
 
 
 def test_a_broken_record_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -47,6 +47,18 @@ def test_earlier_visits_of_a_prompt_count_for_a_part_of_a_sibling():
     assert predictor.total_tokens(a_job(group="second")) == expected
 
 
+def test_what_is_remembered_counts_like_a_visit():
+    seen, told = LengthPredictor(), LengthPredictor()
+    seen.open_group("first", "p")
+    for length in (100, 300):
+        seen.ended(a_job(length, "first", "p"))
+        told.remember("p", length)
+    for predictor in (seen, told):
+        predictor.open_group("next", "p")
+    assert told.is_known("next")
+    assert told.total_tokens(a_job(group="next")) == seen.total_tokens(a_job(group="next")) == 200
+
+
 def test_only_the_latest_prompts_are_remembered():
     predictor = LengthPredictor(max_prompts=2)
     for prompt in "abc":
