@@ -195,12 +195,10 @@ class Completion:
         open_runs = list(self._runs)
         late_at: float | None = None
         while open_runs:
-            timeout_s = None if late_at is None else late_at - time.monotonic()
-            try:
-                async with asyncio.timeout(timeout_s):
-                    await self._changed.wait()
-            except TimeoutError:
-                raise ApiError(503, "log-probabilities were lost; ask again", "server_error", "logprobs_lost") from None
+            if late_at is None:
+                await self._changed.wait()
+            else:
+                await self._wait_until(late_at)
             self._changed.clear()
             fragments = [fragment for run in open_runs if (fragment := self._advance(run)) is not None]
             if fragments:
@@ -210,6 +208,13 @@ class Completion:
             open_runs = [run for run in open_runs if not run.is_ended]
             if open_runs and late_at is None and all(run.choice.is_over for run in open_runs):
                 late_at = time.monotonic() + LATE_LOGPROBS_S
+
+    async def _wait_until(self, deadline: float) -> None:
+        try:
+            async with asyncio.timeout(deadline - time.monotonic()):
+                await self._changed.wait()
+        except TimeoutError:
+            raise ApiError(503, "log-probabilities were lost; ask again", "server_error", "logprobs_lost") from None
 
     def _advance(self, run: _Run) -> Fragment | None:
         """What is new of one choice; None for nothing."""

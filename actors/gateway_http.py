@@ -223,7 +223,7 @@ class Edge:
             message = await receive()
             num_bytes += len(message.get("body", b""))
             if num_bytes > self._max_body_bytes:
-                raise self._too_large()
+                raise HTTPException(413, self._too_large().message)  # any other kind FastAPI turns into a 400
             return message
 
         return receive_some

@@ -116,9 +116,9 @@ class _Snapshot:
         if self._stats is None:
             return
         for name, text in GAUGES.items():
-            yield GaugeMetricFamily(f"longroll_{name}", text, getattr(self._stats, name))
+            yield GaugeMetricFamily(_name(name), text, getattr(self._stats, name))
         for name, text in COUNTERS.items():
-            yield CounterMetricFamily(f"longroll_{name}", text, getattr(self._stats, name))
+            yield CounterMetricFamily(_name(name), text, getattr(self._stats, name))
         for name, text in BY_REASON.items():
             yield _by_reason(name, text, getattr(self._stats, name))
         yield from self._of_shards()
@@ -126,19 +126,24 @@ class _Snapshot:
     def _of_shards(self) -> Iterable[Metric]:
         assert self._stats is not None, "asked for only with figures"
         for name, text in SHARD_GAUGES.items():
-            gauge = GaugeMetricFamily(f"longroll_shard_{name}", text, labels=("shard",))
+            gauge = GaugeMetricFamily(_name(name, "shard_"), text, labels=("shard",))
             for shard in self._stats.shards:
                 gauge.add_metric((str(shard.rank),), getattr(shard, name))
             yield gauge
         for name, text in SHARD_COUNTERS.items():
-            counter = CounterMetricFamily(f"longroll_shard_{name}", text, labels=("shard",))
+            counter = CounterMetricFamily(_name(name, "shard_"), text, labels=("shard",))
             for shard in self._stats.shards:
                 counter.add_metric((str(shard.rank),), getattr(shard, name))
             yield counter
 
 
+def _name(name: str, kind: str = "") -> str:
+    """A figure's name as Prometheus wants it: what is counted, without "num"."""
+    return f"longroll_{kind}{name.removeprefix('num_')}"
+
+
 def _by_reason(name: str, text: str, counts: Mapping[str, int]) -> Metric:
-    family = CounterMetricFamily(f"longroll_{name}", text, labels=("reason",))
+    family = CounterMetricFamily(_name(name), text, labels=("reason",))
     for reason, count in counts.items():
         family.add_metric((reason,), count)
     return family

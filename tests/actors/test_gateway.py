@@ -236,7 +236,7 @@ def test_draining_lets_streams_end_and_takes_no_new_ones(served):
 
     def stream() -> None:
         with openai.OpenAI(base_url=f"{gateway.url}/v1", api_key=served.keys[Role.CLIENT], max_retries=0) as client:
-            asked = {"model": "tiny", "prompt": list(PROMPT), "max_tokens": 1000, "extra_body": {"ignore_eos": True}}
+            asked = {"model": "tiny", "prompt": list(PROMPT), "max_tokens": 600, "extra_body": {"ignore_eos": True}}
             for event in client.completions.create(stream=True, **asked):
                 is_begun.set()
                 if event.choices[0].finish_reason is not None:
@@ -252,8 +252,8 @@ def test_draining_lets_streams_end_and_takes_no_new_ones(served):
             assert time.monotonic() < deadline, "it still takes requests"
         assert status == 503
         assert not ends, "the stream was under way all the while"
-        streaming.result(60)
-        stopping.result(60)
+        streaming.result(240)
+        stopping.result(240)
     assert ends == ["length"]
     with pytest.raises(httpx.HTTPError):
         httpx.get(f"{gateway.url}/health")

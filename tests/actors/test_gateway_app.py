@@ -204,7 +204,7 @@ def test_overload_tells_when_to_come_back(make):
 def test_sizes_and_rates(make):
     async def work():
         client = make(max_body_bytes=1000, requests_per_s=0.001, burst_requests=2)
-        assert (await client.post("/v1/completions", b"x" * 1001)).status_code == 413
+        assert (await client.post("/v1/completions", b"x" * 1001, Role.OPERATOR)).status_code == 413
 
         async def pieces():
             for _ in range(20):

@@ -22,7 +22,7 @@ from tests.actors.conftest import Served
 pytestmark = [pytest.mark.ray, pytest.mark.engine]
 REPOSITORY = Path(__file__).resolve().parents[2]
 TINY = REPOSITORY / "models" / "tiny"
-TIMEOUT_S = 300
+TIMEOUT_S = 600  # of a command whose imports alone take minutes on a machine that is busy with engines
 
 
 def run(command: list[str], **environment: str) -> str:

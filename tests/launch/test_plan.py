@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 import launch.compose
+import launch.plan_check
 from launch.bench_memory import Options as MemoryOptions
 from launch.bench_memory import laid_out
 from launch.compose import CONF, compose
@@ -18,8 +20,9 @@ from launch.plan_check import main as check
 from rollout.config import Int4Config
 from rollout.errors import InvalidRequest
 from rollout.plan.candidate import BF16, int4
+from rollout.plan.shape import shape_of
 from rollout.simulate.accelerators import ACCELERATORS
-from rollout.simulate.costs import Layout, RooflineCosts
+from rollout.simulate.costs import Efficiency, Layout, RooflineCosts
 
 QUICK = ["cluster=h200_1x8", "prompts=8", "trainer_gpus=8"]
 CLUSTERS = sorted(path.stem for path in (CONF / "cluster").glob("*.yaml") if path.stem != "local")
@@ -51,7 +54,7 @@ def test_a_survey_has_a_line_for_each_kind_of_gpu(capsys: pytest.CaptureFixture[
     assert "8 × h200" in said and "8 × b200" in said
 
 
-@pytest.mark.parametrize(("workload", "draft"), [("serving", None), ("rl_20k", None), ("rl_32k", "drafts/qwen")])
+@pytest.mark.parametrize(("workload", "draft"), [("serving", None), ("rl_32k", "drafts/qwen")])
 def test_a_plan_is_an_experiment_that_composes(
     workload: str, draft: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -114,18 +117,27 @@ def test_bytes_are_those_of_the_tensors_themselves() -> None:
     assert RooflineCosts(8).kv_bytes_per_token == exact.kv_token_int8
 
 
-def test_timed_steps_are_checked_without_an_engine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_steps_timed_before_are_predicted_without_an_engine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    device = replace(ACCELERATORS["h100"], name="cpu", memory_bytes_per_s=10e9, flops=50e9)
+    monkeypatch.setattr(launch.plan_check, "measured_device", lambda: device)  # a busy machine is another device
+    truth = Efficiency(memory=1, kv=0.2, compute=1, link=1, collective_s=0, step_s=0.008, row_s=1e-4)
+    layout = Layout(weight_bits=32, kv_dtype="float32")
+    costs = RooflineCosts(1, device, shape_of(str(CONF.parent / "models/tiny")), truth, layout)
     rows = [
-        {"batch": b, "context_tokens": b * c, "step_s": 0.008 + 4e-4 * b + 1e-7 * b * c}
-        for b in (1, 2, 4, 8, 16, 32)
-        for c in (32, 512, 1024)
+        {"batch": b, "context_tokens": b * c, "step_s": costs.terms(b, b * c, 0, 0, b).total_s}
+        for b in (1, 4, 32)
+        for c in (32, 1024)
     ]
     (tmp_path / "steps.json").write_text(json.dumps(rows))
     out = tmp_path / "out.json"
-    # These steps are exactly of the model's form, but for weights of experts that few rows read: well below 15 %.
     assert check([f"steps={tmp_path}/steps.json", f"out={out}"]) == 0
-    assert json.loads(out.read_text())["mean_error"] < 0.15
+    assert json.loads(out.read_text())["mean_error"] < 1e-6
     assert "calibrates" in capsys.readouterr().out
+
+
+def test_what_is_timed_is_checked() -> None:
     assert check(["batches=1,2"]) == 2
     with pytest.raises(InvalidRequest, match="within"):
         CheckOptions(within=0)
