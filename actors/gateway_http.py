@@ -243,6 +243,9 @@ def add_error_handlers(app: FastAPI) -> None:
         assert isinstance(error, ApiError)
         return error.to_response()
 
+    async def on_fault(request: Request, error: Exception) -> Response:
+        return api_error(error).to_response()  # and `Edge`, which sees it too, writes it to the log
+
     async def on_longroll_error(request: Request, error: Exception) -> Response:
         return api_error(error).to_response()
 
@@ -265,3 +268,4 @@ def add_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(LongrollError, on_longroll_error)
     app.add_exception_handler(RequestValidationError, on_invalid)
     app.add_exception_handler(HTTPException, on_http)
+    app.add_exception_handler(Exception, on_fault)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -30,7 +30,7 @@ from rollout.gateway.idempotency import Answer, Claim, IdempotencyStore
 from rollout.gateway.keys import Role
 from rollout.gateway.sampling import run_seed_of
 from rollout.gateway_config import GatewayConfig
-from rollout.types import ModelLimits, Prompt
+from rollout.types import ModelLimits, Prompt, SamplingParams
 
 LONG_TEXT = 20_000  # characters; longer texts are tokenized in a thread, so that others do not wait
 JSON, EVENTS = "application/json", "text/event-stream; charset=utf-8"
@@ -112,22 +112,23 @@ class OpenAiRoutes:
         if body.echo and body.stream and body.logprobs is not None:
             raise InvalidRequest("echo", "with logprobs in a stream", "one without the other, or stream = false")
         prompts = [await self._token_ids(prompt, body.add_special_tokens) for prompt in body.prompts]
-        texts = [p if isinstance(p, str) else self._parts.tokenizer.decode(p, False) for p in body.prompts]
-        wanted = await self._checked(
-            Wanted(
-                prompts=prompts,
-                prompt_texts=texts if body.echo else (),
-                num_choices=body.num_choices,
-                sampling=body.sampling(16 if body.max_tokens is None else max(1, body.max_tokens)),
-                run_seed=run_seed_of(body.seed, caller.key.key_id, idempotency_key),
-                stops=body.stops,
-                skip_special_tokens=body.skip_special_tokens,
-                has_logprobs=body.logprobs is not None,
-                num_top_logprobs=body.logprobs or 0,
-                is_streamed=bool(body.stream),
-                has_usage_event=body.has_usage_event,
-                is_prompt_only=body.max_tokens == 0,
-            )
+        sampling = body.sampling(16 if body.max_tokens is None else max(1, body.max_tokens))
+        await self._check(prompts, sampling)
+        decode = self._parts.tokenizer.decode
+        texts = [p if isinstance(p, str) else decode(p, False) for p in body.prompts] if body.echo else []
+        wanted = Wanted(
+            prompts=prompts,
+            prompt_texts=texts,
+            num_choices=body.num_choices,
+            sampling=sampling,
+            run_seed=run_seed_of(body.seed, caller.key.key_id, idempotency_key),
+            stops=body.stops,
+            skip_special_tokens=body.skip_special_tokens,
+            has_logprobs=body.logprobs is not None,
+            num_top_logprobs=body.logprobs or 0,
+            is_streamed=bool(body.stream),
+            has_usage_event=body.has_usage_event,
+            is_prompt_only=body.max_tokens == 0,
         )
         return await self._answer(wanted, TextFormat, "cmpl", body, caller)
 
@@ -140,19 +141,19 @@ class OpenAiRoutes:
         room = limits.max_model_len - len(prompt)
         if room < 1:
             raise InvalidRequest("messages", f"{len(prompt)} tokens", f"fewer than {limits.max_model_len}")
-        wanted = await self._checked(
-            Wanted(
-                prompts=[prompt],
-                num_choices=body.num_choices,
-                sampling=body.sampling(room if body.limit is None else body.limit),
-                run_seed=run_seed_of(body.seed, caller.key.key_id, idempotency_key),
-                stops=body.stops,
-                skip_special_tokens=body.skip_special_tokens,
-                has_logprobs=bool(body.logprobs),
-                num_top_logprobs=body.top_logprobs or 0,
-                is_streamed=bool(body.stream),
-                has_usage_event=body.has_usage_event,
-            )
+        sampling = body.sampling(room if body.limit is None else body.limit)
+        await self._check([prompt], sampling)
+        wanted = Wanted(
+            prompts=[prompt],
+            num_choices=body.num_choices,
+            sampling=sampling,
+            run_seed=run_seed_of(body.seed, caller.key.key_id, idempotency_key),
+            stops=body.stops,
+            skip_special_tokens=body.skip_special_tokens,
+            has_logprobs=bool(body.logprobs),
+            num_top_logprobs=body.top_logprobs or 0,
+            is_streamed=bool(body.stream),
+            has_usage_event=body.has_usage_event,
         )
         return await self._answer(wanted, ChatFormat, "chatcmpl", body, caller)
 
@@ -169,14 +170,13 @@ class OpenAiRoutes:
             return await asyncio.to_thread(encode, prompt, add_special_tokens)
         return encode(prompt, add_special_tokens)
 
-    async def _checked(self, wanted: Wanted) -> Wanted:
-        """Raise InvalidRequest unless every prompt and its output fit the model."""
+    async def _check(self, prompts: Sequence[Sequence[int]], sampling: SamplingParams) -> None:
+        """Raise InvalidRequest unless every prompt and its output fit the model, ApiError while the gateway drains."""
         if self._parts.is_draining():
             raise ApiError(503, "the service is shutting down", "server_error", "draining", None, 5.0)
         limits = await self._parts.backend.limits()
-        for number, prompt in enumerate(wanted.prompts):
-            limits.check(Prompt(token_ids=tuple(prompt), prompt_id=str(number)), wanted.sampling)
-        return wanted
+        for number, prompt in enumerate(prompts):
+            limits.check(Prompt(token_ids=tuple(prompt), prompt_id=str(number)), sampling)
 
     async def _answer(self, wanted: Wanted, kind: type[Format], prefix: str, body: Sampled, caller: Caller) -> Response:
         parts = self._parts

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 
+import hypothesis
 import pytest
 
 MARKERS = {
@@ -28,6 +29,11 @@ os.environ.update(
     RAY_AUTH_MODE="token",
     RAY_AUTH_TOKEN=secrets.token_hex(32),
 )
+
+
+# A deadline for one example measures what else the machine does: a first call that imports or compiles breaks it.
+hypothesis.settings.register_profile("longroll", deadline=None)
+hypothesis.settings.load_profile("longroll")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -60,6 +60,7 @@ class FakeShard:
         self.rank, self.version = rank, initial_version
         self.events = []
         self.held = {}
+        self.num_asked = 0
         self.mode = engine.vllm.get("fake", "ok")
         self.participant = Participant(ShadowStore(served_plans(model, engine), initial_version), initial_version)
 
@@ -154,6 +155,11 @@ class FakeShard:
             num_tokens_generated=0,
             num_preemptions=0,
         )
+
+    async def num_steps(self):
+        """Its engine goes on, whatever it holds."""
+        self.num_asked += 1
+        return self.num_asked
 
     async def take_speculation(self):
         return None

@@ -150,6 +150,7 @@ def test_stop_strings_end_a_choice_and_its_generation(make):
         ({"prompt": "a", "nonsense": 1}, "nonsense"),
         ({"prompt": []}, "prompt"),
         ({"prompt": [600]}, "600"),
+        ({"prompt": [2**40], "echo": True}, "prompt 0 token id"),
         ({"prompt": "a", "max_tokens": 1000}, "max_model_len"),
         ({"prompt": "a", "best_of": 3}, "best_of"),
         ({"prompt": "a", "stream": True, "echo": True, "logprobs": 1}, "echo"),
@@ -197,6 +198,21 @@ def test_overload_tells_when_to_come_back(make):
         assert (await client.post("/v1/completions", {"prompt": "a"})).status_code == 503
         many = await client.post("/v1/completions", {"prompt": ["a"] * 65})
         assert many.status_code == 429, "more than may be under way"
+
+    run(work())
+
+
+def test_a_fault_of_ours_is_told_without_its_reason(make, caplog):
+    async def work():
+        client = make()
+        client.controller.error = RuntimeError("a secret")
+        transport = httpx.ASGITransport(client.app.asgi, raise_app_exceptions=False)
+        headers = {"Authorization": f"Bearer {client.keys[Role.CLIENT]}", "x-request-id": "mine"}
+        async with httpx.AsyncClient(transport=transport, base_url="http://gateway", headers=headers) as http:
+            response = await http.post("/v1/completions", json={"prompt": "a"})
+        assert response.status_code == 500 and response.headers["x-request-id"] == "mine"
+        assert "secret" not in ErrorAnswer.model_validate_json(response.content).error.message
+        assert "a secret" in caplog.text and "mine" in caplog.text
 
     run(work())
 
