@@ -355,7 +355,7 @@ def test_one_trajectory_with_what_generates_it(dsn: str) -> None:
         assert record.restored.to_trajectory() == expected
         assert (record.prompt, record.sampling) == (request_of("a/b").prompts[0], request_of("a/b").sampling)
         for bad in ("a/b/2", "a/1", "a", "a/x", "/"):
-            with pytest.raises(InvalidRequest, match="trajectory|group: got"):
+            with pytest.raises(InvalidRequest, match=r"trajectory|group: got"):
                 await journal.trajectory("run", bad)
 
     run(config_of(dsn), use)
