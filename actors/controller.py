@@ -110,6 +110,7 @@ class Controller(FleetCalls, FeedCalls, InteractiveCalls, PublicationCalls, Roll
 
     async def start(self) -> None:
         """Begin housekeeping; called once, by whoever made this actor."""
+        self._introduce()
         self._spawn(self._keep_house(), "housekeeping", lambda reason: None)
 
     async def place(self) -> Place:

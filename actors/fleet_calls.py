@@ -13,6 +13,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import ray
+
 from actors.publications import Publications
 from rollout.errors import InvalidRequest
 from rollout.fleet import Health, ShardInfo, Supervision
@@ -126,6 +128,7 @@ class FleetCalls:
             self._scheduler.on_shard_death(rank, "its group was stopped", time.monotonic())
             del self._groups[rank], self._capacities[rank], self._shards[rank]
         self._drained.discard(group)
+        self._introduce()
         logger.info("group %d was taken out of the fleet", group)
         return True
 
@@ -144,8 +147,15 @@ class FleetCalls:
         for rank, shard in shards.items():
             self._shards[rank] = shard
             self._scheduler.on_shard_up(rank, self._capacities[rank])
+        self._introduce()
         logger.info("shards %s serve, at version %d", sorted(shards), self._publications.live_version)
         self._apply()
+
+    def _introduce(self) -> None:
+        """Tell every shard who the others are: their trajectories may draft for its own."""
+        everyone = ray.put([self._shards[rank] for rank in sorted(self._shards)])  # once, however many there are
+        for shard in self._shards.values():
+            shard.set_peers.remote(everyone)  # one that is gone is introduced again when it comes back
 
     def _on_shard_death(self, rank: int, reason: str, kind: DeathKind = DeathKind.DIED) -> None:
         """Its whole group serves no longer; a supervisor may start the group anew and call `rejoin`."""

@@ -82,7 +82,6 @@ def engines_of(config: RunConfig, options: Options, loads: Loads) -> Iterator[En
             parts = one.model, one.engine, one.scheduler, one.sync, one.cluster
             services.append(stack.enter_context(start_service(*parts, shard_class=shard_class)))
         ours = services[0]
-        ray.get([shard.set_peers.remote(ours.shards) for shard in ours.shards])
         stock: dict[str, list[Any]] = {}
         if options.stock and "tail" in options.parts:
             ngram = {

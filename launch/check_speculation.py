@@ -289,7 +289,6 @@ def check(config: RunConfig, options: Options) -> int:
         parts = config.model, config.engine, config.scheduler, config.sync, config.cluster
         _say(f"starting {config.engine.num_all_shards} shards that draft with {', '.join(options.sources)}")
         with start_service(*parts) as service:
-            ray.get([shard.set_peers.remote(service.shards) for shard in service.shards])
             campaign = Campaign(
                 service,
                 workload,

@@ -38,6 +38,8 @@ def draw_sweep(record: Mapping[str, Any], path: Path) -> None:
         axis.axhline(target, color="#c2554d", linewidth=1, linestyle=":")
         axis.annotate(f"target {target:g} ms", (1, target), xytext=(0, 3), textcoords="offset points", fontsize=8)
         axis.set_xscale("log", base=2)
+        streams = sorted({cell["concurrency"] for cell in cells})
+        axis.set_xticks(streams, [str(number) for number in streams])
         axis.set_xlabel("streams at once")
         axis.set_ylabel(f"{what.upper()} (ms)")
         axis.set_ylim(bottom=0)

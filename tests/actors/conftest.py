@@ -107,7 +107,6 @@ def drafting(ray_cluster: None) -> Iterator[Service]:
         sync=SyncConfig(bucket_bytes=2**20),
         cluster=ClusterConfig(namespace="tests-speculation"),
     )
-    ray.get([shard.set_peers.remote(running.shards) for shard in running.shards])
     ray.get([shard.turn_speculation.remote([]) for shard in running.shards])
     yield running
     running.stop()

@@ -161,6 +161,9 @@ class FakeShard:
         self.num_asked += 1
         return self.num_asked
 
+    async def set_peers(self, shards):
+        self.num_peers = len(shards)
+
     async def take_speculation(self):
         return None
 
