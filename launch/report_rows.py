@@ -83,7 +83,7 @@ def planned_rows(verdicts: Iterable[Planned]) -> list[Row]:
             section="Scenarios on Qwen3-235B",
             requirement=f"{SCENARIO_NAMES.get(one.scenario, one.scenario)}: {INDICATOR_NAMES[one.requirement]}",
             target=one.target,
-            figure=f"{one.shown} ({one.limit})",
+            figure="; ".join(_planned_words(one)),
             kind=one.source,
             holds=one.holds,
             hardware=one.hardware,
@@ -91,6 +91,16 @@ def planned_rows(verdicts: Iterable[Planned]) -> list[Row]:
         )
         for one in verdicts
     ]
+
+
+def _planned_words(one: Planned) -> list[str]:
+    """The figure with what limits it, how sure it is, and what would help."""
+    words = [f"{one.shown} ({one.limit})"]
+    if one.is_close:
+        words.append("the target lies within the model's error")
+    if one.note:
+        words.append(one.note)
+    return words
 
 
 def rows_of(
