@@ -79,7 +79,7 @@ def quantised_service(ray_cluster: None) -> Iterator[Service]:
     running.stop()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # one file's: its engines' memory is needed by what starts services of its own later
 def drafting(ray_cluster: None) -> Iterator[Service]:
     """A service that can speculate, with INT4 weights and an INT8 KV cache; it does not until a test turns it on.
 
