@@ -40,7 +40,6 @@ from rollout.errors import InvalidRequest, LongrollError
 from rollout.memory import KV_INT8
 from rollout.plan.calibration import calibrated, compare, root_mean_square
 from rollout.plan.candidate import KV_NAMES, TENSOR_RANKS
-from rollout.plan.drafts import PUBLISHED_ACCEPT_LENGTH, PUBLISHED_DRAFT
 from rollout.plan.judge import Judged, drafts, judge, own_choices
 from rollout.plan.ladder import Rung, ladder
 from rollout.plan.requirements import GPUS, Verdict, rows, verdicts
@@ -50,6 +49,7 @@ from rollout.plan.training import Step, StepPlan, simulated_s, step_plan
 from rollout.plan.workload import SCENARIOS, Targets, Workload
 from rollout.simulate.accelerators import ACCELERATORS
 from rollout.simulate.costs import Efficiency
+from rollout.simulate.speculation import IN_RL
 
 WIDTH = 150
 
@@ -81,8 +81,8 @@ class Options:
     cluster: str = "h200_8x8"
     gpus: tuple[int, ...] = ()
     workload: tuple[str, ...] = tuple(w.name for w in SCENARIOS)
-    accept_length: float = PUBLISHED_ACCEPT_LENGTH
-    draft_tokens: int = PUBLISHED_DRAFT
+    accept_length: float = IN_RL.accept_length
+    draft_tokens: int = IN_RL.num_drafts
     kv: tuple[str, ...] = (KV_INT8,)
     imbalance: float = 1.0
     prompts: int = 256

@@ -14,11 +14,12 @@ from dataclasses import dataclass, replace
 
 from rollout.memory import KV_INT8
 from rollout.plan.candidate import BF16, MAX_DRAFT, int4
-from rollout.plan.drafts import NO_DRAFT, PUBLISHED_ACCEPT_LENGTH, PUBLISHED_DRAFT, Draft, chance_of
+from rollout.plan.drafts import NO_DRAFT, Draft
 from rollout.plan.memory import ledger, peak_ratio
 from rollout.plan.search import RELAXED, Choices, Fleet, Plan, search
 from rollout.plan.workload import Targets, Workload
 from rollout.simulate.costs import RooflineCosts
+from rollout.simulate.speculation import IN_RL, chance_of
 
 REQUIREMENTS = ("ttft", "tpot", "memory", "throughput")
 
@@ -51,7 +52,7 @@ class Judged:
         }
 
 
-def drafts(accept_length: float = PUBLISHED_ACCEPT_LENGTH, draft_tokens: int = PUBLISHED_DRAFT) -> tuple[Draft, ...]:
+def drafts(accept_length: float = IN_RL.accept_length, draft_tokens: int = IN_RL.num_drafts) -> tuple[Draft, ...]:
     """None, and chains of up to MAX_DRAFT tokens, accepted as one of `draft_tokens` is that gains `accept_length`."""
     chance = chance_of(accept_length, draft_tokens)
     return (NO_DRAFT, *(Draft(num_tokens=n, chance=chance) for n in range(1, MAX_DRAFT + 1)))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 from rollout.errors import InvalidRequest
 from rollout.simulate.costs import StepCosts
@@ -27,13 +28,15 @@ class Acceptance:
     source: str
 
 
+IN_RL = Acceptance(
+    name="eagle3-rl",
+    accept_length=2.47,
+    num_drafts=3,
+    source="EAGLE-3 on Qwen3-8B in reasoning RL at T = 1, arXiv 2604.26779",
+)
+"""None was found of a large model in RL. The same paper has 2.05 where RL starts from a base model."""
 PUBLISHED = (
-    Acceptance(
-        name="eagle3-rl",
-        accept_length=2.47,
-        num_drafts=3,
-        source="EAGLE-3 on Qwen3-8B in reasoning RL at T = 1, arXiv 2604.26779",
-    ),
+    IN_RL,
     Acceptance(
         name="eagle3-235b",
         accept_length=3.77,
@@ -49,6 +52,27 @@ PUBLISHED = (
         "than a large model",
     ),
 )
+
+
+def expected_tokens(chance: float, num_drafts: int) -> float:
+    """Mean tokens a step, its own included, of a chain whose drafts are accepted with `chance` if all before were."""
+    return sum(chance**n for n in range(num_drafts + 1))
+
+
+@cache
+def chance_of(accept_length: float, num_drafts: int) -> float:
+    """The chance at which a chain of `num_drafts` brings `accept_length` tokens a step.
+
+    Raises:
+        InvalidRequest: No chance does.
+    """
+    if not 1 <= accept_length <= 1 + num_drafts:
+        raise InvalidRequest("accept_length", accept_length, f"between 1 and 1 + {num_drafts} drafted tokens")
+    low, high = 0.0, 1.0
+    for _ in range(BISECTIONS):  # the length grows with the chance
+        middle = (low + high) / 2
+        low, high = (middle, high) if expected_tokens(middle, num_drafts) < accept_length else (low, middle)
+    return high
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,14 +107,8 @@ class Speculation:
         Raises:
             InvalidRequest: An accept_length that so many drafts cannot bring.
         """
-        if not 1 <= accept_length <= 1 + num_drafts:
-            expected = f"between 1 and 1 + spec_draft_tokens = {1 + num_drafts}"
-            raise InvalidRequest("spec_accept_length", accept_length, expected)
-        low, high = 0.0, 1.0
-        for _ in range(BISECTIONS):
-            middle = (low + high) / 2
-            low, high = (middle, high) if _tokens(middle, num_drafts) < accept_length else (low, middle)
-        tokens = [_tokens(high, n) for n in range(num_drafts)]
+        chance = chance_of(accept_length, num_drafts)
+        tokens = [expected_tokens(chance, n) for n in range(num_drafts)]
         return cls(tokens=(*tokens, accept_length) if num_drafts else (1.0,), draft_s=draft_s)
 
     def best(self, ranks: Sequence[Load], costs: StepCosts, max_rows: int) -> int:
@@ -114,7 +132,3 @@ class Speculation:
             for own, load in zip(rows, ranks, strict=True)
         )
         return local_s + costs.shared_s(sum(rows)) + num_drafts * self.draft_s
-
-
-def _tokens(chance: float, num_drafts: int) -> float:
-    return sum(chance**n for n in range(num_drafts + 1))

@@ -11,7 +11,7 @@ import pytest
 
 from rollout.errors import InvalidRequest
 from rollout.plan.candidate import BF16, Candidate, groups, int4
-from rollout.plan.drafts import Draft, chance_of
+from rollout.plan.drafts import Draft
 from rollout.plan.memory import Ledger, ledger, peak_ratio
 from rollout.plan.search import RELAXED, RELAXED_LEAST, Choices, Fleet, frontier, headroom, limit_of, plans, search
 from rollout.plan.shape import shape_of
@@ -19,6 +19,7 @@ from rollout.plan.steady import residual_s, steady
 from rollout.plan.workload import SCENARIOS, Targets, Workload, fixed
 from rollout.simulate.accelerators import ACCELERATORS
 from rollout.simulate.costs import QWEN3_235B_A22B, Efficiency, Layout, RooflineCosts
+from rollout.simulate.speculation import chance_of
 
 H200 = ACCELERATORS["h200"]
 ROOT = Path(__file__).resolve().parents[2]

@@ -276,7 +276,7 @@ def test_a_chain_of_drafts_brings_what_was_measured_of_the_longest() -> None:
     growth = np.diff(chain.tokens)
     # Each draft is reached with the chance of the first times that of the one before: a geometric series.
     assert growth[1:] / growth[:-1] == pytest.approx([growth[0]] * 6, rel=1e-9)
-    with pytest.raises(InvalidRequest, match="spec_accept_length"):
+    with pytest.raises(InvalidRequest, match="accept_length"):
         Speculation.chain(3.0, 1, 0.0)
 
 
