@@ -24,6 +24,8 @@ FREE = {
 def check_same_run(config: RunConfig, run_dir: Path) -> None:
     """Refuse to continue a checkpoint under options that would make it another run.
 
+    An option that did not exist when the run began had its default.
+
     Raises:
         InvalidRequest: With the first option that differs from run_dir/config.yaml.
     """
@@ -31,13 +33,18 @@ def check_same_run(config: RunConfig, run_dir: Path) -> None:
     if not (config.resume and (run_dir / "checkpoints" / "latest").exists() and stored.is_file()):
         return
     before: Any = OmegaConf.to_container(OmegaConf.load(stored))
-    now: Any = OmegaConf.to_container(OmegaConf.create(OmegaConf.to_yaml(OmegaConf.structured(config))))
+    now, defaults = _as_stored(config), _as_stored(RunConfig())
     for section in SECTIONS:
         for key, value in now[section].items():
-            name, was = f"{section}.{key}", before.get(section, {}).get(key)
+            name, was = f"{section}.{key}", before.get(section, {}).get(key, defaults[section][key])
             if name not in FREE and was != value:
                 raise InvalidRequest(
                     name,
                     value,
                     f"{was} as in {stored}, which has a checkpoint (resume=false or another run_dir starts anew)",
                 )
+
+
+def _as_stored(config: RunConfig) -> Any:
+    """What config.yaml of such a run holds."""
+    return OmegaConf.to_container(OmegaConf.create(OmegaConf.to_yaml(OmegaConf.structured(config))))

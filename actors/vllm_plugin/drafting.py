@@ -275,9 +275,8 @@ def _not_deeper(scored: ScoredTree, max_depth: int) -> ScoredTree:
     if tree.depth <= max_depth:
         return scored
     kept = tree.depths[1:] <= max_depth
-    row = np.concatenate([[0], kept.cumsum()]).astype(
-        np.int32
-    )  # of the smaller tree; parents are kept with their nodes
+    # Rows of the smaller tree; parents are kept with their nodes.
+    row = np.concatenate([[0], kept.cumsum()]).astype(np.int32)
     return ScoredTree(
         tree=TokenTree(tokens=tree.tokens[kept], parents=row[tree.parents[kept]]),
         scores=scored.scores[kept],

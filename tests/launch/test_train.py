@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -47,6 +48,19 @@ def test_a_checkpoint_is_not_continued_as_another_run(tmp_path: Path) -> None:
     check_same_run(compose(["experiment=tiny_grpo", "trainer.lr=1", "resume=false"]), tmp_path)
     with pytest.raises(InvalidRequest, match=r"trainer\.lr: got 1\.0, expected 0\.0002"):
         check_same_run(compose(["experiment=tiny_grpo", "trainer.lr=1"]), tmp_path)
+
+
+def test_an_option_that_a_run_is_older_than_had_its_default(tmp_path: Path) -> None:
+    config = compose(["experiment=tiny_grpo"])
+    older = yaml.safe_load(to_yaml(config))
+    del older["trainer"]["draft"]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(older))
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "latest").touch()
+    check_same_run(config, tmp_path)
+    config.trainer.draft.num_steps += 1
+    with pytest.raises(InvalidRequest, match=r"trainer\.draft"):
+        check_same_run(config, tmp_path)
 
 
 def a_group(group_id: str) -> Group:
