@@ -55,6 +55,11 @@ class SourceWatch:
         self._latest: deque[tuple[float, float, float]] = deque()  # after an alarm: trials, expected hits, hits
         self.is_suspended = False
 
+    @property
+    def is_suspected(self) -> bool:
+        """Whether what was seen since the sync speaks for a collapse, and not yet clearly enough."""
+        return self._is_testing and self._log_ratio > 0
+
     def begin_version(self) -> None:
         """The weights changed. A source that was off is given another chance, judged by what it was before it fell."""
         if not self.is_suspended and self._trials[0] >= MIN_BEFORE:

@@ -1,9 +1,11 @@
 """When to try what is not known to pay, and with how many requests.
 
-Two reasons to try. A plan might pay, going by how little is known of it (its estimate plus a standard error): that is
+Three reasons to try. A plan might pay, going by how little is known of it (its estimate plus a standard error): that is
 what happens at the start, and again where the batch has shrunk to sizes not seen before, and it ends by itself as the
 errors shrink. And a set of sources that did not pay might have become better: it is tried again after an interval that
-doubles as long as it does not, and starts afresh when the weights change or the batch shrinks.
+doubles as long as it does not, and starts afresh when the weights change or the batch shrinks. And a source that seems
+to have fallen at a sync is drafted with, as cheaply as can be, until that is certain or refuted: it stops paying before
+the alarm is certain of it, and would otherwise be turned off in silence.
 
 Trials that might be dear are made with a few of the requests; what they may cost in all is bounded by an account.
 """
@@ -71,7 +73,9 @@ class Exploration:
         for retry in self._retries.values():
             retry.interval, retry.at_step = shortest, min(retry.at_step, step + shortest)
 
-    def plan(self, plans: Sequence[Plan], best: Plan, allowed: set[Sources], step: int) -> None:
+    def plan(
+        self, plans: Sequence[Plan], best: Plan, allowed: set[Sources], step: int, suspected: Sequence[str] = ()
+    ) -> None:
         """Decide what to try next.
 
         Args:
@@ -79,8 +83,15 @@ class Exploration:
             best: What is chosen now.
             allowed: Sets that may be tried because they might pay (and not only as a retry).
             step: Number of the present one.
+            suspected: Sources that seem to have fallen at the latest sync.
         """
         self.trial = None
+        for source in suspected:
+            if source not in best.sources:
+                # The alarm looks at first layers only, so the smallest trees do.
+                smallest = min((p for p in plans if p.sources == (source,)), key=lambda p: p.budget_index)
+                self.trial = Trial(smallest, RETRY_REQUESTS, is_retry=True)
+                return
         wanted = best.gain * (1 + MIN_HOPE_GAIN)
         off_s = plans[0].step_s
         hopes = [

@@ -187,7 +187,8 @@ class Governor:
         best = self._keep(best, plans, allowed)
         self._best = best
         self._choice = self._choice_of(best, max_requests=None, is_trial=False)
-        self._exploration.plan(plans, best, allowed, self._step)
+        suspected = [s for s in state.sources if s in self._watches and self._watches[s].is_suspected]
+        self._exploration.plan(plans, best, allowed, self._step, suspected)
 
     def _keep(self, best: Plan, plans: Sequence[Plan], allowed: set[Sources]) -> Plan:
         """The present plan, unless the best one is better by the margin, or it does not pay any more."""
