@@ -7,17 +7,18 @@ cores: one drafts with a Clover-2 model and with siblings, governed, the other w
 vLLM takes part in the tail, once without speculation and once with its prompt look-up.
 
 - tail: the longest 1, 2 and 4 of `tail_pool` of the model's own answers, alone on one expert-parallel group, through a
-  controller with a journal. `tail_speedup` is the least of the three throughputs with drafts over those without;
-  `tail_over_vllm_N` and `tail_over_ngram_N` are over plain vLLM's for N sequences.
+  controller with a journal, in chunks as shipped. `tail_speedup` is the least of the three throughputs with drafts over
+  those without; `tail_over_vllm_N` and `tail_over_ngram_N` are over plain vLLM's for N sequences.
 - answers: groups of the model's own answers, `slots` at a time.
 - rollout: the heavy-tailed lengths of launch.bench_rollout under policy divided on all shards; `rollout_speedup` is the
   makespan without drafts over that with.
 - worst: 1 to 64 sequences on one group, straight to the engines, with a draft model whose numbers are shuffled. The
-  weights are published anew before each repeat, so that the governor has to find out again that it does not pay.
-  `worst_case_ratio` is the least ratio of the throughputs; `off_ratio` is that of the same engines with drafting
-  turned off, over all batches.
-- corrupted: the draft that has been good is published shuffled. `alarm_chunks` is the chunk of `chunk_tokens` tokens
-  in which the alarm came, `corrupted_ratio` the throughput from then on over that without drafts.
+  weights are published anew to both services before each repeat, so that the governor has to find out again that it
+  does not pay. `worst_case_ratio` is the least ratio of the throughputs; `off_ratio` is that of the same engines with
+  drafting turned off, over all batches.
+- corrupted: long answers, and the draft that has been good (`settled_ratio`) is published shuffled. `alarm_tokens` is
+  how many tokens the longest trajectories had generated when the alarm came, to be compared with a chunk;
+  `corrupted_ratio` the throughput from then on over that without drafts.
 
 Speed-ups are medians of the repeats' ratios; ratios that must not fall below 1 are of all repeats' times together. All
 ways must give the same tokens; differences at near ties are counted and shown. engine.speculation.… sets limits of

@@ -36,10 +36,12 @@ def record_of(options: Options, results: Results) -> dict[str, Any]:
         for count, turns in results.worst.items():
             ratios[f"worst_ratio_{count}"] = _ratios(turns, "tokens_per_s", DRAFTING, NONE)
             record[f"worst_ratio_{count}"] = pooled[count]
+    if results.settled:
+        record["settled_ratio"] = pooled_ratio(results.settled, DRAFTING)
     if results.corrupted:
         ratios["corrupted_ratio"] = _ratios(results.corrupted, "tokens_per_s", DRAFTING, NONE)
         record["corrupted_ratio"] = pooled_ratio(results.corrupted, DRAFTING)
-        record["alarm_chunks"] = results.alarm_chunks
+        record["alarm_tokens"] = results.alarm_tokens
     record |= _accept_lengths(results)
     record["num_near_ties"] = sum(len(turn.repeat.differences) for turn in all_turns(results))
     record["repeats"] = ratios
@@ -70,7 +72,7 @@ def table(record: Mapping[str, Any]) -> str:
         text = f"{min(spread):.3f} … {max(spread):.3f}" if spread else ""
         shown = f"{value:>7}" if isinstance(value, int) else f"{value:>7.3f}"
         rows.append(f"{name:<24} {shown} {target:>7}   {text}".rstrip())
-    if "alarm_chunks" in record and record["alarm_chunks"] is None:
+    if "alarm_tokens" in record and record["alarm_tokens"] is None:
         rows.append("the corrupted draft was not noticed")
     return "\n".join([*rows, f"near ties between ways: {record['num_near_ties']}"])
 
@@ -114,7 +116,7 @@ def _by_name(results: Results) -> dict[str, list[Turn]]:
     named = {f"tail_{count}": turns for count, turns in results.tails.items()}
     named |= {"answers": results.answers, "rollout": results.heavy}
     named |= {f"worst_{count}": turns for count, turns in results.worst.items()}
-    named |= {"settled": [results.settled] if results.settled else [], "corrupted": results.corrupted}
+    named |= {"settled": results.settled, "corrupted": results.corrupted}
     return {name: turns for name, turns in named.items() if turns}
 
 

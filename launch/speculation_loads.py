@@ -18,7 +18,7 @@ from rollout.simulate.lengths import LengthModel
 from rollout.types import Group, Prompt, RolloutRequest, SamplingParams
 
 PARTS = ("tail", "answers", "rollout", "worst", "corrupted")
-MAX_CHUNKS = 8  # in which a corrupted draft must be noticed
+SETTLING, NOTICING = 6, 16  # loads in which a governor takes to a draft, and in which it may notice what became of it
 WARM_UP_TOKENS = 64
 GIVEN_TOKENS = 8  # of an answer, that stand in the prompt of a tail
 FIRST_PROMPT = 1_000_000  # of the workload: far behind those that a draft was trained on
@@ -40,8 +40,10 @@ class Options:
         max_tokens: Where generations of a heavy-tailed load, and answers, are cut off.
         visits: Of each prompt of a heavy-tailed load, of which the last is measured.
         batches: Sequences that decode together while drafts are useless, on one expert-parallel group.
-        batch_tokens: That each of them generates.
+        batch_tokens, batch_rounds: That each of them generates, in a turn, and turns between two publications: short
+            turns, so that ways share what else the machine does meanwhile.
         corrupted_batch: Sequences that decode together while the draft is corrupted.
+        corrupted_rounds: Loads for which they do, once it was noticed.
         ngram_tokens, ngram_match: Draft tokens of plain vLLM's prompt look-up, and the most that it compares.
         repeats: Of everything, each with other prompts and seeds.
         stock: Whether plain vLLM takes part, with and without speculation of its own.
@@ -62,8 +64,10 @@ class Options:
     max_tokens: int = 2048
     visits: int = 2
     batches: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
-    batch_tokens: int = 384
+    batch_tokens: int = 128
+    batch_rounds: int = 8
     corrupted_batch: int = 4
+    corrupted_rounds: int = 12
     ngram_tokens: int = 5
     ngram_match: int = 4
     repeats: int = 3
@@ -75,12 +79,17 @@ class Options:
     def __post_init__(self) -> None:
         for name in ("tail_rounds", "answers", "groups", "n", "slots", "chunk_tokens", "max_tokens", "visits"):
             self._check(name, (getattr(self, name),))
-        for name in ("batch_tokens", "corrupted_batch", "ngram_tokens", "ngram_match", "repeats"):
+        for name in ("batch_tokens", "batch_rounds", "corrupted_batch", "corrupted_rounds"):
+            self._check(name, (getattr(self, name),))
+        for name in ("ngram_tokens", "ngram_match", "repeats"):
             self._check(name, (getattr(self, name),))
         for name in ("tails", "batches"):
             self._check(name, getattr(self, name))
         if self.tail_pool < sum(self.tails) * self.tail_rounds:
             raise InvalidRequest("tail_pool", self.tail_pool, "as many answers as all tails of a repeat need")
+        if "corrupted" in self.parts and self.tail_pool < self.num_corrupted * self.corrupted_batch:
+            expected = f"{self.num_corrupted * self.corrupted_batch}: as many answers as part corrupted needs"
+            raise InvalidRequest("tail_pool", self.tail_pool, expected)
         unknown = sorted(set(self.parts) - set(PARTS))
         if unknown or not self.parts:
             raise InvalidRequest("parts", list(self.parts), f"some of {', '.join(PARTS)}")
@@ -89,6 +98,11 @@ class Options:
     def _check(name: str, values: tuple[int, ...]) -> None:
         if not values or min(values) < 1:
             raise InvalidRequest(name, values[0] if len(values) == 1 else list(values), "integers ≥ 1")
+
+    @property
+    def num_corrupted(self) -> int:
+        """Loads of part corrupted, together."""
+        return SETTLING + NOTICING + self.corrupted_rounds
 
     @property
     def most_sequences(self) -> int:
@@ -124,10 +138,8 @@ class Loads:
         pools: Answers that end where they end, one of each prompt.
         answers: The same in groups.
         earlier, heavy: Visits of the prompts before the measured one, and that one.
-        worst: As many sequences as decode together.
-        settled: Lets the governor learn what the draft is worth, before it is corrupted.
-        chunks: One chunk of each sequence, in which a corrupted draft is to be noticed.
-        corrupted: What is decoded afterwards.
+        worst: As many sequences as decode together, `batch_rounds` loads a repeat.
+        corrupted: Answers as in `pools`, of which part corrupted uses the longest.
     """
 
     warm_up: Load
@@ -135,10 +147,8 @@ class Loads:
     answers: list[Load]
     earlier: list[list[Load]]
     heavy: list[Load]
-    worst: dict[int, list[Load]]
-    settled: Load
-    chunks: list[Load]
-    corrupted: list[Load]
+    worst: dict[int, list[list[Load]]]
+    corrupted: Load
 
     @property
     def lengths(self) -> dict[str, int]:
@@ -153,8 +163,9 @@ def make_loads(config: RunConfig, options: Options, model: LengthModel) -> Loads
     seeds = range(options.first_seed, options.first_seed + options.repeats)
     prompts = _Prompts(workload)
 
-    def several(count: int, num_tokens: int) -> list[Load]:
-        return [uniform_load(prompts.take(count), 1, run_seed=seed, num_tokens=num_tokens) for seed in seeds]
+    def several(count: int, seed: int) -> list[Load]:
+        rounds = [prompts.take(count) for _ in range(options.batch_rounds)]
+        return [uniform_load(some, 1, run_seed=seed, num_tokens=options.batch_tokens) for some in rounds]
 
     drawn = [
         heavy_loads(
@@ -167,20 +178,14 @@ def make_loads(config: RunConfig, options: Options, model: LengthModel) -> Loads
         )
         for seed in seeds
     ]
-    together = options.corrupted_batch
     return Loads(
         warm_up=uniform_load(prompts.take(options.most_sequences), 1, run_seed=0, num_tokens=WARM_UP_TOKENS),
         pools=[_answers(prompts.take(options.tail_pool), 1, options, seed) for seed in seeds],
         answers=[_answers(prompts.take(options.answers), options.n, options, seed) for seed in seeds],
         earlier=[visits[:-1] for visits in drawn],
         heavy=[visits[-1] for visits in drawn],
-        worst={count: several(count, options.batch_tokens) for count in options.batches},
-        settled=uniform_load(prompts.take(together), 1, run_seed=0, num_tokens=options.batch_tokens),
-        chunks=[
-            uniform_load(prompts.take(together), 1, run_seed=0, num_tokens=options.chunk_tokens)
-            for _ in range(MAX_CHUNKS)
-        ],
-        corrupted=several(together, options.batch_tokens),
+        worst={count: [several(count, seed) for seed in seeds] for count in options.batches},
+        corrupted=_answers(prompts.take(options.tail_pool), 1, options, options.first_seed),
     )
 
 
@@ -198,14 +203,30 @@ def tail_loads(pool: Load, groups: Sequence[Group], options: Options) -> dict[in
     Raises:
         LongrollError: The model's answers are too short.
     """
-    answers = {group.group_id: group.trajectories[0].token_ids for group in groups}
-    longest = sorted(range(len(groups)), key=lambda place: -len(answers[pool.request.group_ids[place]]))
+    answers, longest = _by_length(pool, groups)
     loads: dict[int, list[Load]] = {count: [] for count in options.tails}
     for _ in range(options.tail_rounds):
         for count in options.tails:
             chosen, longest = longest[:count], longest[count:]
             loads[count].append(_continued(pool.request, chosen, answers))
     return loads
+
+
+def corrupted_loads(pool: Load, groups: Sequence[Group], options: Options) -> list[Load]:
+    """The longest answers of a pool, dealt to `options.num_corrupted` loads of about the same length.
+
+    Arguments and errors as of `tail_loads`.
+    """
+    answers, longest = _by_length(pool, groups)
+    number = options.num_corrupted
+    chosen = longest[: number * options.corrupted_batch]
+    return [_continued(pool.request, chosen[place::number], answers) for place in range(number)]
+
+
+def _by_length(pool: Load, groups: Sequence[Group]) -> tuple[dict[str, list[int]], list[int]]:
+    """Answers by group, and places in the pool, the longest answer's first."""
+    answers = {group.group_id: group.trajectories[0].token_ids for group in groups}
+    return answers, sorted(range(len(groups)), key=lambda place: -len(answers[pool.request.group_ids[place]]))
 
 
 def _continued(request: RolloutRequest, places: Sequence[int], answers: Mapping[str, Sequence[int]]) -> Load:

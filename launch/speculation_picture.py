@@ -98,14 +98,13 @@ def _worst(axis: Any, results: Results, record: Mapping[str, Any]) -> None:
 
 def _corrupted(axis: Any, results: Results, record: Mapping[str, Any]) -> None:
     """Throughput before the draft was corrupted and after it was noticed, over that without drafting."""
-    before = [] if results.settled is None else [results.settled]
-    bars = {"before": before, "after the alarm": results.corrupted}
+    bars = {"before": results.settled, "after the alarm": results.corrupted}
     heights = {name: pooled_ratio(turns, DRAFTING) for name, turns in bars.items() if turns}
     axis.bar(list(heights), list(heights.values()), 0.5, color=COLOURS[DRAFTING])
     axis.axhline(TARGETS["corrupted_ratio"], color="#c2554d", linewidth=0.9, linestyle="--")
     axis.set_ylabel("throughput over that without drafting")
-    chunks = record["alarm_chunks"]
-    noticed = "not noticed" if chunks is None else f"noticed in chunk {chunks}"
+    tokens = record["alarm_tokens"]
+    noticed = "not noticed" if tokens is None else f"noticed after {tokens} tokens"
     axis.set_title(f"corrupted draft: {noticed}", loc="left", fontsize=11)
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,9 @@ from launch.rollout_load import Load
 from launch.rollout_run import Run, policy_of, serve, serve_plain, serve_stock
 from launch.rollout_turns import OURS as POLICY
 from launch.rollout_turns import Bench, Repeat, Serve, rotated, scheduler_of
-from launch.speculation_loads import Loads, Options, tail_loads
+from launch.speculation_loads import NOTICING, SETTLING, Loads, Options, corrupted_loads, tail_loads
 from launch.speculation_useless import USELESS, publication
-from rollout.config import RunConfig
+from rollout.config import RunConfig, SchedulerConfig
 from rollout.governor.statistics import SpeculationRecord
 
 DRAFTING, NONE, TURNED_OFF, STOCK, NGRAM = "speculation", "none", "turned off", "vllm", "vllm ngram"
@@ -63,8 +64,9 @@ class Results:
 
     Attributes:
         tails, answers, heavy, worst: Of these loads.
-        settled: Of the draft before it was corrupted; None where that was not measured.
-        alarm_chunks: Chunks of every sequence until the corrupted draft was noticed; None if it was not.
+        settled: Of the draft before it was corrupted.
+        alarm_tokens: That the longest trajectories had generated when the corrupted draft was noticed; None if it was
+            not.
         corrupted: Afterwards.
     """
 
@@ -72,8 +74,8 @@ class Results:
     answers: list[Turn] = field(default_factory=list)
     heavy: list[Turn] = field(default_factory=list)
     worst: dict[int, list[Turn]] = field(default_factory=dict)
-    settled: Turn | None = None
-    alarm_chunks: int | None = None
+    settled: list[Turn] = field(default_factory=list)
+    alarm_tokens: int | None = None
     corrupted: list[Turn] = field(default_factory=list)
 
 
@@ -115,7 +117,8 @@ class SpeculationBench:
 
     def _tails(self, results: Results) -> None:
         results.tails = {count: [] for count in self._options.tails}
-        with self._through_controllers("tail", max(self._options.tails), is_group=True) as ways:
+        whole = SchedulerConfig().chunk_tokens or 0  # of no tail more than one: they are shorter
+        with self._through_controllers("tail", max(self._options.tails), is_group=True, chunk_tokens=whole) as ways:
             ways |= self._stock_ways()
             for number, pool in enumerate(self._loads.pools):
                 print(f"{len(pool.request.prompts)} answers, of which the longest make tails", flush=True)
@@ -147,27 +150,36 @@ class SpeculationBench:
             TURNED_OFF: self._directly(self._ours, ()),
             NONE: self._directly(self._plain),
         }
-        for count, loads in self._loads.worst.items():
+        for count, repeats in self._loads.worst.items():
             results.worst[count] = []
-            for number, load in enumerate(loads):
+            for number, loads in enumerate(repeats):
                 print(f"useless drafts for {count} sequences, repeat {number + 1}", flush=True)
                 self._publish(is_corrupted=False)  # what is known of drafts counts for less: it must be found out again
-                results.worst[count].append(self._turn(load, ways, number, f"worst-{count}-{number}"))
+                for place, load in enumerate(loads):
+                    run_id = f"worst-{count}-{number}-{place}"
+                    results.worst[count].append(self._turn(load, ways, number + place, run_id))
 
     def _corrupted(self, results: Results) -> None:
         ways = {DRAFTING: self._directly(self._ours, ("clover2",)), NONE: self._directly(self._plain)}
+        pool = self._loads.corrupted
+        print(f"{len(pool.request.prompts)} answers, of which the longest are drafted for", flush=True)
+        answers = serve_group(self._group_of(self._plain), pool, "corrupted-pool").groups
+        loads = iter(corrupted_loads(pool, answers, self._options))
         self._publish(is_corrupted=False)
-        print("the draft as it is", flush=True)
-        results.settled = self._turn(self._loads.settled, ways, 0, "settled")
+        for number, load in enumerate(islice(loads, SETTLING)):
+            print(f"the draft as it is, {number + 1}", flush=True)
+            results.settled.append(self._turn(load, ways, number, f"settled-{number}"))
         self._publish(is_corrupted=True)
-        for number, load in enumerate(self._loads.chunks, start=1):
-            print(f"the draft corrupted, chunk {number}", flush=True)
-            turn = self._turn(load, ways, 0, f"chunk-{number}")
+        num_tokens = 0
+        for number, load in enumerate(islice(loads, NOTICING)):
+            print(f"the draft corrupted, after {num_tokens} tokens", flush=True)
+            turn = self._turn(load, ways, 0, f"noticing-{number}")
+            num_tokens += max(load.lengths.values())
             if turn.drafts[DRAFTING].get("spec/alarms"):
-                results.alarm_chunks = number
+                results.alarm_tokens = num_tokens
                 break
-        for number, load in enumerate(self._loads.corrupted):
-            print(f"after {results.alarm_chunks or len(self._loads.chunks)} chunks, repeat {number + 1}", flush=True)
+        for number, load in enumerate(loads):
+            print(f"after {num_tokens} tokens, {number + 1}", flush=True)
             results.corrupted.append(self._turn(load, ways, number, f"corrupted-{number}"))
 
     def _turn(self, load: Load, ways: Mapping[str, Serve], number: int, run_id: str) -> Turn:
@@ -176,9 +188,14 @@ class SpeculationBench:
         return Turn(repeat=repeat, drafts=self._drafts)
 
     @contextmanager
-    def _through_controllers(self, name: str, slots: int, *, is_group: bool) -> Iterator[dict[str, Serve]]:
+    def _through_controllers(
+        self, name: str, slots: int, *, is_group: bool, chunk_tokens: int | None = None
+    ) -> Iterator[dict[str, Serve]]:
         """Both services behind a controller of their own, with all their shards or one group of them."""
-        scheduler = scheduler_of(self._config.scheduler, replace(self._options.rollouts(), slots=slots), POLICY)
+        options = replace(
+            self._options.rollouts(), slots=slots, chunk_tokens=chunk_tokens or self._options.chunk_tokens
+        )
+        scheduler = scheduler_of(self._config.scheduler, options, POLICY)
         ways: dict[str, Serve] = {}
         with tempfile.TemporaryDirectory(prefix="longroll-bench-") as directory, ExitStack() as stack:
             for way, service in ((DRAFTING, self._ours), (NONE, self._plain)):
@@ -227,10 +244,11 @@ class SpeculationBench:
         return records[0].metrics() if records else {}
 
     def _publish(self, *, is_corrupted: bool) -> None:
-        """Publish the weights of the model directory once more, under the next version."""
-        client = self._ours.client
+        """Publish the weights of the model directory once more, under the next version: to both, as a trainer would."""
         tensors = self._corrupted_weights if is_corrupted else self._weights
-        client.publish(client.stats().live_version + 1, tensors)
+        for service in (self._ours, self._plain):
+            client = service.client
+            client.publish(client.stats().live_version + 1, {name: tensors[name] for name in service.plans})
 
     @cached_property
     def _weights(self) -> dict[str, torch.Tensor]:

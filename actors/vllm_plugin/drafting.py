@@ -32,6 +32,10 @@ from rollout.speculation.tree import TokenTree
 from rollout.speculation.walk import Accepted
 from rollout.speculation_config import SpeculationConfig
 
+REST_AFTER = 64  # steps in a row without drafts, from which on only one of
+REST_STRIDE = (
+    4  # is looked at: what is known of steps does not change, and looking costs about a percent of a short one
+)
 DRAFTS_ATTRIBUTE = "longroll_drafts"  # on vLLM's ModelRunnerOutput: request id → draft tokens of its next step
 
 
@@ -74,6 +78,8 @@ class DraftDesk:
         self._choice = OFF  # made the drafts that are pending
         self._draft_s: dict[str, float] = {}
         self._ended_at: float | None = None
+        self._num_idle = 0  # steps in a row for which nobody was to draft, of those looked at
+        self._num_rested = 0
         self._turned_on = self._sources
         self._is_governed = self._was_governed = self._governor is not None  # the latter: when it was last chosen
 
@@ -92,6 +98,21 @@ class DraftDesk:
             raise InvalidRequest("sources of drafts", unknown, f"some of {', '.join(self._sources)}")
         self._turned_on = tuple(sorted(sources))
         self._is_governed = self._governor is not None and not always
+
+    @property
+    def is_turned_off(self) -> bool:
+        """Whether all sources are."""
+        return not self._turned_on
+
+    def rests(self) -> bool:
+        """Whether the step that just ended need not be looked at, nor the next one be drafted for."""
+        if self._num_idle < REST_AFTER or self._pending or not self._is_governed:
+            return False
+        self._num_rested += 1
+        if self._num_rested % REST_STRIDE == 0:
+            return False
+        self._ended_at = self._clock()
+        return True
 
     @property
     def needs_hidden(self) -> bool:
@@ -184,6 +205,7 @@ class DraftDesk:
         )
         with self._lock:
             self._choice = self._governor.choose(state)
+        self._num_idle = self._num_idle + 1 if self._choice.is_off else 0
         return self._choice
 
     def _fixed(self, sources: Sequence[str]) -> Choice:
@@ -212,22 +234,28 @@ class DraftDesk:
         if not requests:
             return {}
         choice = self._choice
-        offers: list[Sequence[ScoredTree]] = []
-        for source in choice.sources:
-            began = self._clock()
-            limits = DraftLimits(max_width=choice.max_width, max_depth=choice.max_depth)
-            bit = self._bits[source]
-            offers.append([_marked(tree, bit) for tree in self._drafters[source].propose(requests, limits)])
-            self._draft_s[source] = self._clock() - began
+        offered: list[list[ScoredTree]] = [[] for _ in requests]
+        asked: list[list[str]] = [[] for _ in requests]
+        limits = DraftLimits(max_width=choice.max_width, max_depth=choice.max_depth)
+        for share in sorted(choice.shares, key=lambda share: -share.enough_tokens):
+            places = [place for place, trees in enumerate(offered) if not _is_enough(trees, share.enough_tokens)]
+            if not places:
+                continue
+            began, bit = self._clock(), self._bits[share.source]
+            drafted = self._drafters[share.source].propose([requests[place] for place in places], limits)
+            for place, tree in zip(places, drafted, strict=True):
+                offered[place].append(_marked(tree, bit))
+                asked[place].append(share.source)
+            self._draft_s[share.source] = self._clock() - began
         trees = {}
-        for request, *offered in zip(requests, *offers, strict=True):
-            best = offered[0]
-            if len(offered) > 1:
-                best = merge(offered, max_width=choice.max_width, budget=request.budget)
+        for request, mine, sources in zip(requests, offered, asked, strict=True):
+            best = mine[0]
+            if len(mine) > 1:
+                best = merge(mine, max_width=choice.max_width, budget=request.budget)
             best = _not_deeper(best, request.max_depth)
             if best.num_nodes:
                 best.tree.check(max_width=choice.max_width, budget=request.budget, vocab_size=self._vocab_size)
-                self._pending[request.request_id] = _Pending(scored=best, asked=choice.sources)
+                self._pending[request.request_id] = _Pending(scored=best, asked=tuple(sources))
                 trees[request.request_id] = best.tree
         self._num_unanswered = len(requests) - len(trees)
         return trees
@@ -267,6 +295,11 @@ class DraftDesk:
     def _name(self, bits: int) -> str:
         """The source that a node counts for: the first of those that proposed it."""
         return self._sources[(bits & -bits).bit_length() - 1]
+
+
+def _is_enough(trees: Sequence[ScoredTree], tokens: float) -> bool:
+    """Whether what was drafted for a request is expected to bring so many tokens."""
+    return bool(trees) and max(tree.expected_accepted for tree in trees) >= tokens
 
 
 def _not_deeper(scored: ScoredTree, max_depth: int) -> ScoredTree:

@@ -9,17 +9,27 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(kw_only=True)
 class Entry:
-    """One step: for each request the first of its rows, how many, and the position of the first."""
+    """One step: the arguments of `HiddenLog.add`, and an index of them that most entries never need."""
 
-    places: dict[str, tuple[int, int, int]]
+    request_ids: tuple[str, ...]
+    counts: np.ndarray
+    first: np.ndarray
     rows: torch.Tensor
+
+    @cached_property
+    def places(self) -> dict[str, tuple[int, int, int]]:
+        """For each request the first of its rows, how many, and the position of the first."""
+        starts = self.counts.cumsum() - self.counts
+        columns = zip(starts.tolist(), self.counts.tolist(), self.first.tolist(), strict=True)
+        return dict(zip(self.request_ids, columns, strict=True))
 
 
 class HiddenLog:
@@ -43,9 +53,7 @@ class HiddenLog:
             first: [b] position of each one's first row; the others follow it.
             rows: [sum of counts, H]; must not be overwritten later.
         """
-        starts = counts.cumsum() - counts
-        places = dict(zip(request_ids, zip(starts.tolist(), counts.tolist(), first.tolist(), strict=True), strict=True))
-        self._entries.append(Entry(places=places, rows=rows))
+        self._entries.append(Entry(request_ids=tuple(request_ids), counts=counts, first=first, rows=rows))
         self.num_bytes += rows.nbytes
         while self.num_bytes > self._max_bytes:
             self.num_bytes -= self._entries.popleft().rows.nbytes

@@ -85,6 +85,7 @@ def keyed_sample(
     seeds: torch.Tensor,
     positions: torch.Tensor,
     sampler: Any,
+    draws: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> SamplerOutput:
     """One token for each row, and the log-probabilities vLLM was asked for.
 
@@ -94,6 +95,7 @@ def keyed_sample(
         seeds: [B] int64.
         positions: [B] int64, absolute index of the token being drawn.
         sampler: vLLM's sampler, used to gather top log-probabilities.
+        draws: Which rows have seed and position in common: see `gumbel_sample`.
     """
     rows = logits.shape[0]
     if metadata.all_greedy or metadata.temperature is None:
@@ -106,7 +108,7 @@ def keyed_sample(
     if metadata.top_k is not None or metadata.top_p is not None:
         threshold = truncation_threshold(logits, temperature=temperature, top_k=metadata.top_k, top_p=metadata.top_p)
     tokens, chosen_logprobs = gumbel_sample(
-        logits, seeds=seeds, positions=positions, temperature=temperature, threshold=threshold
+        logits, seeds=seeds, positions=positions, temperature=temperature, threshold=threshold, draws=draws
     )
     return SamplerOutput(
         sampled_token_ids=tokens.to(torch.int32).unsqueeze(-1),

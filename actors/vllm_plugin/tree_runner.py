@@ -168,8 +168,14 @@ class TreeRunnerMixin:
         is_going_on = ~self.discard_request_mask.np[:count]  # type: ignore[attr-defined]
         lengths = batch.num_tokens_no_spec[:count]
         self._num_steps += 1
+        if desk.is_turned_off and not desk.num_pending and not self._verified_trees:
+            self._last_ids = frozenset()
+            return {}
         if desk.needs_hidden:
             self._hand_over_hidden(desk, state, lengths)
+        if desk.rests():
+            self._let_learn(desk)
+            return {}
         scheduled = state.scheduler_output.total_num_scheduled_tokens
         nodes = sum(tree.num_nodes for _, tree, _ in self._verified_trees)
         num_tokens = int(is_going_on.sum()) + sum(walked.num_drafted for _, _, walked in self._verified_trees)
@@ -259,6 +265,9 @@ class TreeRunnerMixin:
         logits = logits.to(torch.float32)
         counts = trees.num_rows
         first = torch.from_numpy(counts.cumsum() - counts).to(device)
+        draws = None  # CUDA draws in registers
+        if device.type == "cpu":
+            draws = tuple(torch.from_numpy(places) for places in trees.draws)
         if has_processors(metadata):
             logits[first] = self.sampler.apply_logits_processors(logits[first], metadata, False)  # type: ignore[attr-defined]
         sampled = keyed_sample(
@@ -267,6 +276,7 @@ class TreeRunnerMixin:
             seeds=seeds[owner],
             positions=positions,
             sampler=self.sampler,  # type: ignore[attr-defined]
+            draws=draws,
         )
         if any(getattr(processor, "min_p_count", 1) for processor in metadata.logitsprocs.argmax_invariant):
             alone = keyed_sample(

@@ -64,6 +64,13 @@ class TreeBatch:
         depths = np.concatenate([tree.depths for tree in self.trees])
         return rows, owners, self.bases[owners] + depths
 
+    @cached_property
+    def draws(self) -> tuple[np.ndarray, np.ndarray]:
+        """([U] int64 sampled rows, [S] int64 places among these): a request's rows at one depth draw the same noise."""
+        _, owners, positions = self.sampled_rows
+        _, rows, places = np.unique(owners << 40 | positions, return_index=True, return_inverse=True)
+        return rows, places
+
     def branching(self) -> list[int]:
         """Requests whose tree is no chain. A chain's rows see what rows of a prefill see, so they need no mask."""
         return [

@@ -31,6 +31,7 @@ def gumbel_sample(
     temperature: torch.Tensor,
     threshold: torch.Tensor | None = None,
     lane: int = 0,
+    draws: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Sample one token per row; see ``reference.gumbel_sample_reference`` for the full contract.
 
@@ -41,6 +42,9 @@ def gumbel_sample(
         temperature: [B] float32; 0 is greedy.
         threshold: [B] float32 from ``truncation_threshold``, or None to keep every token.
         lane: Stream at this position, in [0, 2**32).
+        draws: ([U] int64 rows, [B] int64 places among these), where the caller knows that rows have their seed and
+            position in common, as siblings in a token tree do: row b's are those of row rows[places[b]]. Noise that
+            is drawn into memory is then drawn once. On CUDA it is drawn in registers, and this has no effect.
 
     Returns:
         (tokens [B] int64, logprobs [B] float32).
@@ -49,14 +53,11 @@ def gumbel_sample(
         ValueError: A shape, dtype, device, stride or (where it costs no sync) range is wrong.
     """
     if logits.is_cuda:
-        from kernels.gumbel_sample.triton import gumbel_sample_triton as implementation
-    else:
-        implementation = gumbel_sample_reference
-    return implementation(
-        logits,
-        seeds=seeds,
-        positions=positions,
-        temperature=temperature,
-        threshold=threshold,
-        lane=lane,
+        from kernels.gumbel_sample.triton import gumbel_sample_triton
+
+        return gumbel_sample_triton(
+            logits, seeds=seeds, positions=positions, temperature=temperature, threshold=threshold, lane=lane
+        )
+    return gumbel_sample_reference(
+        logits, seeds=seeds, positions=positions, temperature=temperature, threshold=threshold, lane=lane, draws=draws
     )

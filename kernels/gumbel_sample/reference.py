@@ -139,6 +139,7 @@ def gumbel_sample_reference(
     temperature: torch.Tensor,
     threshold: torch.Tensor | None = None,
     lane: int = 0,
+    draws: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Sample one token per row as argmax(x + Gumbel(seed, position, lane)), x = logits * (1 / T).
 
@@ -159,6 +160,7 @@ def gumbel_sample_reference(
         temperature: [B] float32, 0 or a value whose reciprocal is finite (at least 2.94e-39).
         threshold: [B] float32; tokens with x below it are excluded. None keeps all.
         lane: Stream at this position, in [0, 2**32).
+        draws: See `gumbel_sample`.
 
     Returns:
         tokens: [B] int64.
@@ -182,7 +184,11 @@ def gumbel_sample_reference(
             x = torch.where(x < floor_B1, -math.inf, x)
         perturbed = x
         if not is_all_greedy:
-            noise = gumbel_noise(seeds, positions, x.shape[1], lane=lane, start=start)
+            if draws is None:
+                noise = gumbel_noise(seeds, positions, x.shape[1], lane=lane, start=start)
+            else:
+                rows, places = draws
+                noise = gumbel_noise(seeds[rows], positions[rows], x.shape[1], lane=lane, start=start)[places]
             perturbed = x + (noise.masked_fill_(greedy_B1, 0.0) if has_greedy else noise)
         place = perturbed.argmax(-1, keepdim=True)
         best, chosen = perturbed.gather(1, place), x.gather(1, place)

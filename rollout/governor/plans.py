@@ -14,7 +14,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rollout.governor.acceptance import Acceptance
+from rollout.governor.acceptance import PRIOR_TRIALS, Acceptance
 from rollout.governor.config import GovernorConfig
 from rollout.governor.expected_tree import best_nodes
 from rollout.governor.records import SourceShare, StepOutcome, StepState
@@ -25,6 +25,7 @@ BUDGETS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)  # nodes of a request that 
 FREE_SHARE = 0.02  # of a step without drafts: if all layers beyond the first take no longer, depth costs nothing
 NEAR = 2.5  # times the rows seen, up to which a larger step may be tried
 FEW = 6  # requests, up to which it is reckoned with who is offered a tree
+DEAR = 2.0  # times the cheapest source's drafting time, from which a source of a set is not asked where others do
 SURE_OFFER = 0.95  # chance of an offer from which everybody is taken to get one
 MAX_SETS = 32  # sets of sources that are remembered
 Sources = tuple[str, ...]
@@ -80,6 +81,7 @@ class Planner:
         self._draft_times: dict[str, TimeModel] = {}
         self._sets: dict[Sources, Acceptance] = {}  # drafting together, whoever drafted a node
         self._parts: dict[str, Acceptance] = {}  # each source's own nodes, whoever else drafted
+        self._asked: dict[tuple[Sources, str], tuple[float, float]] = {}  # requests: that it was asked for; all
 
     def acceptance(self, sources: Sources) -> Acceptance:
         """Of a set of sources."""
@@ -132,7 +134,7 @@ class Planner:
                 draft_s += spent_s
                 if spent_s > 0 and choice.max_depth:
                     model = self._draft_times.setdefault(source, TimeModel())
-                    model.learn(choice.max_depth, choice.max_depth * _drafted_for(outcome), 0, spent_s)
+                    model.learn(choice.max_depth, choice.max_depth * _drafted_for(outcome, source), 0, spent_s)
             verify_s = max(outcome.step_s - draft_s, 1e-6)
             sequences = outcome.num_sequences + outcome.peer_sequences
             rows = outcome.rows + outcome.peer_rows
@@ -142,7 +144,17 @@ class Planner:
             self.acceptance(choice.sources).learn(outcome.tally.together, index, choice.max_depth)
             for source, tally in outcome.tally.by_source.items():
                 self.part(source).learn(tally, index, choice.max_depth)
+            for source in choice.sources if len(choice.sources) > 1 else ():
+                asked = outcome.tally.by_source[source].asked if source in outcome.tally.by_source else 0
+                self._count_asked(choice.sources, source, asked, outcome.tally.together.asked)
         return seconds
+
+    def _count_asked(self, sources: Sources, source: str, asked: int, of: int) -> None:
+        mine, everybody = self._asked.get((sources, source), (0.0, 0.0))
+        kept = math.exp(-of / self._config.memory_trials)
+        if len(self._asked) >= MAX_SETS and (sources, source) not in self._asked:
+            del self._asked[next(iter(self._asked))]
+        self._asked[sources, source] = mine * kept + asked, everybody * kept + of
 
     def shares(self, plan: Plan) -> tuple[SourceShare, ...]:
         """Whose nodes a tree of the plan would be made of, if all were offered."""
@@ -157,7 +169,22 @@ class Planner:
         ]
         best = sorted(offers, key=lambda offer: -offer[0])[:budget]
         counts = {source: sum(source == name for _, name in best) for source in plan.sources}
-        return tuple(SourceShare(source=source, num_nodes=max(1, n)) for source, n in counts.items())
+        return tuple(
+            SourceShare(source=source, num_nodes=max(1, count), enough_tokens=self._enough_tokens(plan, source))
+            for source, count in counts.items()
+        )
+
+    def _enough_tokens(self, plan: Plan, source: str) -> float:
+        """What the cheap sources of a plan must expect to bring so that a dear one is not asked: what it brings."""
+        seconds = [self._draft_times[s].predict(plan.depth, plan.depth, 0)[0] for s in plan.sources if self._knows(s)]
+        if not self._knows(source) or len(seconds) < 2:
+            return math.inf
+        if self._draft_times[source].predict(plan.depth, plan.depth, 0)[0] < DEAR * min(seconds):
+            return math.inf
+        return self.part(source).estimate().accepted[plan.depth - 1][plan.budget_index]
+
+    def _knows(self, source: str) -> bool:
+        return source in self._draft_times
 
     def plans(self, state: StepState, sets: Sequence[Sources]) -> list[Plan]:
         """No speculation, then every way to speculate with these sets of sources."""
@@ -245,9 +272,26 @@ class Planner:
         return mean_s, error_s / mean_s
 
     def _draft_s_by_depth(self, drafters: Sources, sequences: int) -> list[float]:
-        models = [self._draft_times[s] for s in drafters if s in self._draft_times]
         depths = range(1, self._limits.max_depth + 1)
-        return [sum(m.predict(depth, depth * sequences, 0)[0] for m in models) for depth in depths]
+        result = [0.0] * len(depths)
+        for source in filter(self._knows, drafters):
+            for number, chance in self._numbers_asked(drafters, source, sequences):
+                for layer, depth in enumerate(depths):
+                    result[layer] += chance * self._draft_times[source].predict(depth, depth * number, 0)[0]
+        return result
+
+    def _numbers_asked(self, drafters: Sources, source: str, sequences: int) -> list[tuple[float, float]]:
+        """For how many of the sequences a source of the set will be asked, with the chances of these numbers."""
+        asked, of = self._asked.get((drafters, source), (0.0, 0.0))
+        share = (asked + PRIOR_TRIALS) / (of + PRIOR_TRIALS)
+        if share > SURE_OFFER:
+            return [(sequences, 1.0)]
+        if sequences > FEW:
+            return [(sequences * share, 1.0)]
+        return [
+            (number, math.comb(sequences, number) * share**number * (1 - share) ** (sequences - number))
+            for number in range(1, sequences + 1)
+        ]
 
     def break_even_tokens(self, sequences: int, nodes: int, context_tokens: int) -> float:
         """Tokens of a step and sequence from which trees of so many nodes pay, drafting time apart."""
@@ -269,7 +313,9 @@ class Planner:
         return low
 
 
-def _drafted_for(outcome: StepOutcome) -> int:
-    """Requests that were drafted for."""
-    asked = outcome.tally.together.asked if outcome.tally is not None else 0
-    return max(1, asked or outcome.num_sequences)
+def _drafted_for(outcome: StepOutcome, source: str) -> int:
+    """Requests that the source was asked for."""
+    if outcome.tally is None or not outcome.tally.together.asked:
+        return max(1, outcome.num_sequences)
+    tally = outcome.tally.by_source.get(source)
+    return max(1, outcome.tally.together.asked if tally is None else tally.asked)

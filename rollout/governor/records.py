@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from rollout.governor.tally import StepTally
@@ -34,10 +35,15 @@ class SourceShare:
 
     A merge that compares candidates by calibrated scores needs no quotas; for one that cannot, these are they, and
     what a source does not fill goes to the others.
+
+    Attributes:
+        enough_tokens: If the sources that are always asked expect their tree to bring a request that many tokens,
+            this one, which takes longer, is not asked for it; infinite for those that are always asked.
     """
 
     source: str
     num_nodes: int
+    enough_tokens: float = math.inf
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,7 +13,7 @@ from actors.engine_args import engine_args
 from actors.vllm_plugin import patches
 from actors.vllm_plugin.draft_records import NOTHING, DraftLimits, DraftRequest, StepSize, Verified
 from actors.vllm_plugin.drafters import AdversarialDrafter, RandomDrafter
-from actors.vllm_plugin.drafting import DraftDesk
+from actors.vllm_plugin.drafting import REST_AFTER, REST_STRIDE, DraftDesk
 from actors.vllm_plugin.hidden_log import HiddenLog
 from actors.vllm_plugin.options import PluginOptions
 from actors.vllm_plugin.scheduler import VersionMixin
@@ -22,7 +22,7 @@ from actors.vllm_plugin.tree_sampling import until_stop
 from actors.vllm_plugin.trees import TreeBatch, Written
 from rollout.config import EngineConfig, ModelConfig, SyncConfig
 from rollout.errors import InvalidRequest
-from rollout.governor.records import OFF
+from rollout.governor.records import OFF, SourceShare
 from rollout.speculation.growth import ScoredTree
 from rollout.speculation.tree import TokenTree
 from rollout.speculation.walk import Accepted, walk
@@ -233,6 +233,66 @@ def test_all_trees_fit_a_step() -> None:
     assert one.budgets(["a"]) == [6]
 
 
+def test_a_dear_source_is_asked_where_a_cheap_one_expects_too_little() -> None:
+    """Three requests: for one the cheap source expects 1.2 tokens, for one 0.3, for one it has no idea."""
+    cheap = StubDrafter([TokenTree.chain([1, 2]), TokenTree.chain([1, 2]), TokenTree.empty()])
+    cheap.propose = mock.Mock(  # type: ignore[method-assign]
+        return_value=[
+            ScoredTree(tree=tree, scores=np.log(chances), sources=np.ones(len(chances), dtype=np.int32))
+            for tree, chances in (
+                (TokenTree.chain([1, 2]), np.array([0.8, 0.4])),
+                (TokenTree.chain([1, 2]), np.array([0.2, 0.1])),
+                (TokenTree.empty(), np.empty(0)),
+            )
+        ]
+    )
+    dear = StubDrafter([TokenTree.chain([5])] * 2, [-0.1])
+    one = desk(dear, cheap, governor=True)
+    requests = [request(name) for name in "abc"]
+    with mock.patch.object(one, "_governor") as governor:
+        shares = (
+            SourceShare(source="tests:0", num_nodes=3, enough_tokens=1.0),
+            SourceShare(source="tests:1", num_nodes=3),
+        )
+        governor.choose.return_value = replace(one._fixed([]), shares=shares)
+        one.verified(step(3))
+        one.choose(3, 30, 0, NOTHING)
+        with mock.patch.object(dear, "propose", wraps=dear.propose) as asked:
+            trees = one.propose(requests)
+        assert [r.request_id for r in asked.call_args.args[0]] == ["b", "c"]
+        assert {name: tree.tokens.tolist() for name, tree in trees.items()} == {"a": [1, 2], "b": [5, 1, 2], "c": [5]}
+        one.verified(step(3, [(name, tree, walk(tree, [9] * tree.num_rows)) for name, tree in trees.items()]))
+        by_source = governor.observe.call_args.args[0].tally.by_source
+        assert (by_source["tests:0"].asked, by_source["tests:1"].asked) == (2, 3)
+
+
+def test_steps_that_nobody_drafts_for_are_looked_at_now_and_then() -> None:
+    now = [0.0]
+    one = desk(StubDrafter([TokenTree.chain([1])]), clock=lambda: now[0], governor=True)
+    with mock.patch.object(one, "_governor") as governor:
+        governor.choose.return_value = OFF
+
+        def run_steps(count: int) -> int:
+            """How many of them were looked at."""
+            looked = 0
+            for _ in range(count):
+                now[0] += 0.01
+                if not one.rests():
+                    one.verified(step(1))
+                    one.choose(1, 10, 0, NOTHING)
+                    looked += 1
+            return looked
+
+        assert run_steps(REST_AFTER) == REST_AFTER and run_steps(40) == 40 // REST_STRIDE
+        for call in governor.observe.call_args_list:
+            assert call.args[0].step_s == pytest.approx(0.01), "of one step, whatever came before"
+        governor.choose.return_value = one._fixed(["tests:0"])
+        run_steps(REST_STRIDE)
+        assert not one.rests(), "somebody drafts"
+        one.turn([])
+        assert one.is_turned_off and not one.rests()
+
+
 def test_turned_off_nothing_is_drafted() -> None:
     one = desk(RandomDrafter(config(), MODEL, None), AdversarialDrafter(config(), MODEL, None))
     assert one.choose(3, 10, 0, NOTHING).sources == ("tests:0", "tests:1")
@@ -342,6 +402,8 @@ def test_rows_positions_and_moves_of_a_step() -> None:
     assert owners.tolist() == [0, 1, 1, 1, 1, 1, 2, 3, 3, 3]
     assert positions.tolist() == [20, 100, 101, 101, 102, 102, 30, 40, 41, 42]
     assert batch.branching() == [1]
+    drawn, places = batch.draws
+    assert drawn[places].tolist() == [0, 1, 2, 2, 4, 4, 6, 7, 8, 9], "the first of each request's rows at a depth"
     impl = mock.Mock()
     key, value = torch.arange(16.0)[:, None], torch.arange(16.0)[:, None] + 50
     batch.written.append(Written(impl=impl, layer="layer", key=key, value=value, kv_cache="cache"))

@@ -147,6 +147,19 @@ def test_tokens_follow_the_truncated_softmax(temperature: float, cut: str) -> No
         assert stats.chisquare(observed, wanted).pvalue > SIGNIFICANCE
 
 
+def test_noise_that_rows_share_is_drawn_once_and_is_the_same() -> None:
+    """Ten rows of three places, some greedy, some truncated."""
+    logits, keys = random_batch(10, 777, seed=3)
+    rows, places = torch.tensor([0, 4, 9]), torch.tensor([0, 0, 1, 1, 1, 0, 2, 1, 0, 2])
+    for name in ("seeds", "positions"):
+        keys[name] = keys[name][rows][places]
+    keys["temperature"][::3] = 0
+    threshold = truncation_threshold(logits, temperature=keys["temperature"], top_k=torch.full((10,), 5))
+    alone = gumbel_sample(logits, **keys, threshold=threshold)
+    shared = gumbel_sample(logits, **keys, threshold=threshold, draws=(torch.tensor([0, 2, 6]), places))
+    assert all(torch.equal(a, b) for a, b in zip(alone, shared, strict=True))
+
+
 @pytest.mark.parametrize("vocab_size", [1, 3, 511, 512, 4095, 4096, 4097, 9001])
 def test_a_row_is_independent_of_the_batch(vocab_size: int) -> None:
     logits, arguments = random_batch(16, vocab_size)

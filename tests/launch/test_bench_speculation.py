@@ -16,7 +16,7 @@ from launch.rollout_load import Load
 from launch.rollout_run import Bar, Timeline
 from launch.rollout_turns import Repeat
 from launch.speculation_figures import ACCEPT_LENGTH, pooled_ratio, record_of, table
-from launch.speculation_loads import GIVEN_TOKENS, PARTS, Options, make_loads, tail_loads
+from launch.speculation_loads import GIVEN_TOKENS, PARTS, Options, corrupted_loads, make_loads, tail_loads
 from launch.speculation_picture import draw
 from launch.speculation_turns import DRAFTING, NGRAM, NONE, STOCK, TURNED_OFF, Results, Turn
 from launch.speculation_useless import USELESS, publication, shuffled
@@ -65,8 +65,8 @@ def results(**parts: object) -> Results:
             1: [turn(drafting=d, none=10.0, off=10.0) for d in (10.0, 10.0, 11.0)],
             64: [turn(drafting=10.0, none=10.0, off=10.2)] * 3,
         },
-        "settled": turn(drafting=5.0, none=10.0),
-        "alarm_chunks": 1,
+        "settled": [turn(drafting=5.0, none=10.0)] * 2,
+        "alarm_tokens": 170,
         "corrupted": [turn(drafting=10.1, none=10.0)] * 2,
     }
     return Results(**(full | parts))  # type: ignore[arg-type]
@@ -88,19 +88,20 @@ def test_what_must_not_be_slower_counts_every_repeat() -> None:
     assert record["worst_case_ratio"] == pytest.approx(30 / 31) and record["worst_case_batch"] == 1
     assert record["off_ratio"] == pytest.approx(60 / 60.6)
     assert pooled_ratio(results().worst[64], DRAFTING) == 1.0
-    assert record["corrupted_ratio"] == pytest.approx(20 / 20.2) and record["alarm_chunks"] == 1
+    assert record["corrupted_ratio"] == pytest.approx(20 / 20.2) and record["alarm_tokens"] == 170
+    assert record["settled_ratio"] == 2.0
 
 
 def test_a_part_that_was_not_measured_has_no_figures() -> None:
     record = record_of(Options(parts=("answers",)), Results(answers=[turn(drafting=2.0, none=5.0)]))
-    assert not {"tail_speedup", "rollout_speedup", "worst_case_ratio", "corrupted_ratio", "alarm_chunks"} & set(record)
+    assert not {"tail_speedup", "rollout_speedup", "worst_case_ratio", "corrupted_ratio", "alarm_tokens"} & set(record)
     assert list(record["turns"]) == ["answers"]
     without_stock = results(tails={2: [turn(drafting=1.0, none=2.0)]})
     assert "tail_over_vllm_2" not in record_of(Options(), without_stock)
 
 
 def test_the_table_names_targets_and_what_went_unnoticed() -> None:
-    record = record_of(Options(), results(alarm_chunks=None))
+    record = record_of(Options(), results(alarm_tokens=None))
     json.dumps(record)
     lines = table(record).splitlines()
     assert any(line.split()[:4] == ["tail_speedup", "2.500", "≥", "2.00"] for line in lines)
@@ -109,14 +110,17 @@ def test_the_table_names_targets_and_what_went_unnoticed() -> None:
 
 
 def test_loads_share_neither_prompts_nor_groups() -> None:
-    options = Options(groups=3, n=2, tail_pool=30, batches=(2, 5), repeats=2, answers=2)
+    options = Options(
+        groups=3, n=2, tail_pool=34, corrupted_batch=1, batches=(2, 5), batch_rounds=3, repeats=2, answers=2
+    )
     loads = make_loads(compose(["experiment=tiny_grpo"]), options, LengthModel())
-    several = [loads.pools, loads.answers, loads.heavy, *loads.worst.values(), loads.chunks, loads.corrupted]
-    every = [loads.warm_up, loads.settled, *(load for some in several for load in some)]
+    worst = [some for repeats in loads.worst.values() for some in repeats]
+    several = [loads.pools, loads.answers, loads.heavy, *worst]
+    every = [loads.warm_up, loads.corrupted, *(load for some in several for load in some)]
     ids = [group_id for load in every for group_id in load.request.group_ids]
     prompts = [prompt.prompt_id for load in every for prompt in load.request.prompts]
     assert len(set(ids)) == len(ids) and len(set(prompts)) == len(prompts)
-    assert [len(load.request.prompts) for load in loads.worst[5]] == [5, 5]
+    assert [[len(load.request.prompts) for load in some] for some in loads.worst[5]] == [[5] * 3] * 2
     assert loads.heavy[0].request.prompts == loads.earlier[0][0].request.prompts, "visits of one prompt"
     assert loads.lengths.keys() == {
         f"{group}/{member}"
@@ -124,7 +128,7 @@ def test_loads_share_neither_prompts_nor_groups() -> None:
         for group in load.request.group_ids
         for member in range(2)
     }
-    assert not loads.pools[0].request.sampling.ignore_eos and loads.worst[2][0].request.sampling.ignore_eos
+    assert not loads.pools[0].request.sampling.ignore_eos and loads.worst[2][0][0].request.sampling.ignore_eos
 
 
 def served(load: Load, lengths: list[int]) -> list[Group]:
@@ -136,7 +140,9 @@ def served(load: Load, lengths: list[int]) -> list[Group]:
 
 
 def test_tails_are_the_longest_answers_going_on_as_they_did() -> None:
-    options = Options(tails=(1, 2), tail_rounds=2, tail_pool=8, groups=1, n=1, batches=(1,), repeats=1, answers=1)
+    options = Options(
+        parts=("tail",), tails=(1, 2), tail_rounds=2, tail_pool=8, groups=1, n=1, batches=(1,), repeats=1, answers=1
+    )
     pool = make_loads(compose(["experiment=tiny_grpo"]), options, LengthModel()).pools[0]
     lengths = [30, 90, 20, 80, 70, 60, 3, 50]
     groups = served(pool, lengths)
@@ -155,6 +161,17 @@ def test_tails_are_the_longest_answers_going_on_as_they_did() -> None:
             assert again.trajectories[0].seed == whole.trajectories[0].seed
     with pytest.raises(LongrollError, match="among the longest"):
         tail_loads(pool, served(pool, [9] * 8), options)
+
+
+def test_a_corrupted_drafts_loads_are_of_about_one_length() -> None:
+    options = Options(parts=("corrupted",), corrupted_batch=2, corrupted_rounds=2, tail_pool=60, repeats=1)
+    pool = make_loads(compose(["experiment=tiny_grpo"]), options, LengthModel()).corrupted
+    loads = corrupted_loads(pool, served(pool, [100 + place for place in range(60)]), options)
+    assert len(loads) == options.num_corrupted == 24
+    assert [max(load.lengths.values()) for load in loads] == [159 - place - GIVEN_TOKENS for place in range(24)]
+    assert sorted(length for load in loads for length in load.lengths.values()) == [
+        112 + place - GIVEN_TOKENS for place in range(48)
+    ]
 
 
 def test_engines_have_room_for_every_part_and_all_that_drafts() -> None:
@@ -201,7 +218,7 @@ def test_a_publication_needs_what_the_service_serves(drop: str) -> None:
 
 @pytest.mark.parametrize("left_out", [(), ("tails", "heavy"), ("worst", "corrupted", "settled")])
 def test_the_picture_has_what_was_measured(left_out: tuple[str, ...], tmp_path: Path) -> None:
-    some = results(**{name: type(getattr(results(), name))() for name in left_out if name != "settled"})
+    some = results(**{name: type(getattr(results(), name))() for name in left_out})
     path = tmp_path / "speculation.png"
     draw(some, record_of(Options(), some), path)
     assert path.read_bytes().startswith(b"\x89PNG")
@@ -213,6 +230,7 @@ def test_the_picture_has_what_was_measured(left_out: tuple[str, ...], tmp_path: 
         ("parts=tails", PARTS[0]),
         ("tails=0", "tails"),
         ("tail_pool=9", "tail_pool"),
+        ("tail_pool=130", "part corrupted"),
         ("batches=", "batches"),
         ("repeats=0", "≥ 1"),
     ],

@@ -11,9 +11,12 @@ from hypothesis import strategies as st
 
 from rollout.errors import InvalidRequest
 from rollout.governor.acceptance import Acceptance
+from rollout.governor.config import GovernorConfig
 from rollout.governor.expected_tree import best_nodes, best_trees
+from rollout.governor.plans import Planner
+from rollout.governor.records import Choice, SourceShare, StepOutcome, StepState
 from rollout.governor.tally import StepTally
-from rollout.speculation_config import MAX_WIDTH
+from rollout.speculation_config import MAX_WIDTH, SpeculationConfig
 from tests.rollout.governor_engine import MAX_DEPTH, Engine, Source, chances, choice_of, cpu_s
 
 BUDGETS = (1, 2, 4, 8, 16)
@@ -137,3 +140,48 @@ def test_a_drafter_that_knows_where_it_is_right_is_estimated_by_what_its_trees_b
     # Truth: 2 tokens a request. Averages: 0.5 in the first layer, then surely on.
     assert known.estimate().accepted[-1][2] == pytest.approx(2.0, abs=4 * 2 / math.sqrt(512))
     assert known.estimate().nodes[-1][2] == pytest.approx(2.5, rel=0.15)
+
+
+def test_a_source_that_is_seldom_asked_costs_little() -> None:
+    """Of a pair the dear source drafts for one request in four, where the cheap one had no idea."""
+    limits = SpeculationConfig(max_depth=4, budget_nodes=8)
+    planner, sources = Planner(limits, GovernorConfig()), ("clover2", "sibling")
+    state = StepState(num_sequences=4, context_tokens=400, sources=sources, version=0)
+    choice = Choice(
+        shares=tuple(SourceShare(source=source, num_nodes=4) for source in sources),
+        budget_nodes=8,
+        max_depth=4,
+        max_width=4,
+    )
+
+    def learn(num_asked: int) -> None:
+        tally = StepTally(limits.max_depth)
+        for place in range(4):
+            who = sources if place < num_asked else ("sibling",)
+            tally.add(who, (0, 1), (who[0],) * 2, (0, 1, 2))
+        draft_s = tuple((source, s) for source, s in (("clover2", 4e-3 * num_asked), ("sibling", 2e-4)) if s)
+        planner.learn(
+            StepOutcome(
+                choice=choice,
+                num_sequences=4,
+                context_tokens=400,
+                version=0,
+                rows=12,
+                num_tokens=12,
+                step_s=20e-3 + sum(s for _, s in draft_s),
+                draft_s=draft_s,
+                tally=tally,
+            )
+        )
+
+    for _ in range(64):
+        learn(4)
+    together = next(p for p in planner.plans(state, [sources]) if p.budget_index == planner.budgets.index(8))
+    by_source = {share.source: share for share in planner.shares(together)}
+    assert by_source["sibling"].enough_tokens == math.inf and 1 < by_source["clover2"].enough_tokens < 3
+    for _ in range(256):
+        for num_asked in (0, 1, 1, 2):
+            learn(num_asked)
+    seldom = next(p for p in planner.plans(state, [sources]) if p.budget_index == together.budget_index)
+    # A quarter of the requests, and the first 256 of 4,352 asked for all count exp(-4) of what they did.
+    assert seldom.draft_s == pytest.approx(together.draft_s / 4, rel=0.15)
