@@ -4,21 +4,24 @@
     python -m launch.bench_gateway streams=8 rounds=7 output_tokens=256 out=gateway.json
 
 Direct is vLLM's AsyncLLM in the shard's own process, whose streams are read there token by token; HTTP is a client on
-this machine, through gateway, controller and shard. Rounds of both alternate, so that whatever else the machine does
-falls on both; `gateway_ratio` is the median over the rounds of the throughput over HTTP divided by the mean of the
-direct rounds before and after it. The client's own work counts against the gateway where cores are few.
+this machine, through gateway, controller and shard. Lengths vary around `output_tokens`, the same for both, since
+streams that end together would begin together ever after, and wait for each other. Rounds of both alternate, so that
+whatever else the machine does falls on both; `gateway_ratio` is the median over the rounds of the throughput over HTTP
+divided by the mean of the direct rounds before and after it. The client's own work counts against the gateway where
+cores are few.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import random
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -53,7 +56,7 @@ class Options:
     Attributes:
         streams: Requests under way at once.
         requests: Of one round; None = four for each stream.
-        prompt_tokens, output_tokens: Of every request.
+        prompt_tokens, output_tokens: Of a request; outputs have half to one and a half times as many.
         rounds: Over HTTP; there is one more of direct ones, as each HTTP round lies between two.
         out: JSON file for the figures.
     """
@@ -174,7 +177,9 @@ def measure(shard: Any, target: Target, options: Options) -> GatewayCost:
     num_requests = options.requests or 4 * options.streams
 
     def asks(number: int) -> list[Ask]:
-        return random_asks(num_requests, options.prompt_tokens, options.output_tokens, str(number))
+        draw, most = random.Random(number), options.output_tokens + options.output_tokens // 2
+        some = random_asks(num_requests, options.prompt_tokens, options.output_tokens, str(number))
+        return [replace(ask, max_tokens=draw.randint(most // 3, most)) for ask in some]
 
     def direct(number: int) -> Round:
         found: Round = ray.get(shard.direct.remote(asks(number), options.streams))

@@ -18,7 +18,8 @@ from rollout.simulate.lengths import LengthModel
 from rollout.types import Group, Prompt, RolloutRequest, SamplingParams
 
 PARTS = ("tail", "answers", "rollout", "worst", "corrupted")
-SETTLING, NOTICING = 6, 16  # loads in which a governor takes to a draft, and in which it may notice what became of it
+CORRUPTED_LOADS = 4  # of part corrupted, which take turns: a draft model does not remember what it drafted for
+SETTLING, NOTICING = 8, 16  # turns in which a governor takes to a draft, and in which it may notice what became of it
 WARM_UP_TOKENS = 64
 GIVEN_TOKENS = 8  # of an answer, that stand in the prompt of a tail
 FIRST_PROMPT = 1_000_000  # of the workload: far behind those that a draft was trained on
@@ -43,7 +44,7 @@ class Options:
         batch_tokens, batch_rounds: That each of them generates, in a turn, and turns between two publications: short
             turns, so that ways share what else the machine does meanwhile.
         corrupted_batch: Sequences that decode together while the draft is corrupted.
-        corrupted_rounds: Loads for which they do, once it was noticed.
+        corrupted_rounds: Turns for which they do, once it was noticed.
         ngram_tokens, ngram_match: Draft tokens of plain vLLM's prompt look-up, and the most that it compares.
         repeats: Of everything, each with other prompts and seeds.
         stock: Whether plain vLLM takes part, with and without speculation of its own.
@@ -87,8 +88,8 @@ class Options:
             self._check(name, getattr(self, name))
         if self.tail_pool < sum(self.tails) * self.tail_rounds:
             raise InvalidRequest("tail_pool", self.tail_pool, "as many answers as all tails of a repeat need")
-        if "corrupted" in self.parts and self.tail_pool < self.num_corrupted * self.corrupted_batch:
-            expected = f"{self.num_corrupted * self.corrupted_batch}: as many answers as part corrupted needs"
+        if "corrupted" in self.parts and self.tail_pool < CORRUPTED_LOADS * self.corrupted_batch:
+            expected = f"{CORRUPTED_LOADS * self.corrupted_batch}: as many answers as part corrupted needs"
             raise InvalidRequest("tail_pool", self.tail_pool, expected)
         unknown = sorted(set(self.parts) - set(PARTS))
         if unknown or not self.parts:
@@ -98,11 +99,6 @@ class Options:
     def _check(name: str, values: tuple[int, ...]) -> None:
         if not values or min(values) < 1:
             raise InvalidRequest(name, values[0] if len(values) == 1 else list(values), "integers ≥ 1")
-
-    @property
-    def num_corrupted(self) -> int:
-        """Loads of part corrupted, together."""
-        return SETTLING + NOTICING + self.corrupted_rounds
 
     @property
     def most_sequences(self) -> int:
@@ -213,14 +209,13 @@ def tail_loads(pool: Load, groups: Sequence[Group], options: Options) -> dict[in
 
 
 def corrupted_loads(pool: Load, groups: Sequence[Group], options: Options) -> list[Load]:
-    """The longest answers of a pool, dealt to `options.num_corrupted` loads of about the same length.
+    """The longest answers of a pool, dealt to CORRUPTED_LOADS loads of about the same length.
 
     Arguments and errors as of `tail_loads`.
     """
     answers, longest = _by_length(pool, groups)
-    number = options.num_corrupted
-    chosen = longest[: number * options.corrupted_batch]
-    return [_continued(pool.request, chosen[place::number], answers) for place in range(number)]
+    chosen = longest[: CORRUPTED_LOADS * options.corrupted_batch]
+    return [_continued(pool.request, chosen[place::CORRUPTED_LOADS], answers) for place in range(CORRUPTED_LOADS)]
 
 
 def _by_length(pool: Load, groups: Sequence[Group]) -> tuple[dict[str, list[int]], list[int]]:

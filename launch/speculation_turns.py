@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from itertools import islice
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -164,7 +164,7 @@ class SpeculationBench:
         pool = self._loads.corrupted
         print(f"{len(pool.request.prompts)} answers, of which the longest are drafted for", flush=True)
         answers = serve_group(self._group_of(self._plain), pool, "corrupted-pool").groups
-        loads = iter(corrupted_loads(pool, answers, self._options))
+        loads = cycle(corrupted_loads(pool, answers, self._options))
         self._publish(is_corrupted=False)
         for number, load in enumerate(islice(loads, SETTLING)):
             print(f"the draft as it is, {number + 1}", flush=True)
@@ -178,7 +178,7 @@ class SpeculationBench:
             if turn.drafts[DRAFTING].get("spec/alarms"):
                 results.alarm_tokens = num_tokens
                 break
-        for number, load in enumerate(loads):
+        for number, load in enumerate(islice(loads, self._options.corrupted_rounds)):
             print(f"after {num_tokens} tokens, {number + 1}", flush=True)
             results.corrupted.append(self._turn(load, ways, number, f"corrupted-{number}"))
 

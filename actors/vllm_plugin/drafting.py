@@ -79,7 +79,9 @@ class DraftDesk:
         self._draft_s: dict[str, float] = {}
         self._ended_at: float | None = None
         self._num_idle = 0  # steps in a row for which nobody was to draft, of those looked at
+        self._idle_size = 0  # of their batches, as a power of two
         self._num_rested = 0
+        self._rested_s = 0.0  # seconds of steps that were not looked at, since one was
         self._turned_on = self._sources
         self._is_governed = self._was_governed = self._governor is not None  # the latter: when it was last chosen
 
@@ -104,14 +106,19 @@ class DraftDesk:
         """Whether all sources are."""
         return not self._turned_on
 
-    def rests(self) -> bool:
-        """Whether the step that just ended need not be looked at, nor the next one be drafted for."""
+    def rests(self, num_sequences: int) -> bool:
+        """Whether the step of so many requests that just ended need not be looked at, nor the next one drafted for."""
+        size = num_sequences.bit_length()
+        if size != self._idle_size:  # drafts may pay at this one
+            self._idle_size, self._num_idle = size, 0
         if self._num_idle < REST_AFTER or self._pending or not self._is_governed:
             return False
         self._num_rested += 1
         if self._num_rested % REST_STRIDE == 0:
             return False
-        self._ended_at = self._clock()
+        ended_at = self._clock()
+        self._rested_s += ended_at - (self._ended_at or ended_at)
+        self._ended_at = ended_at
         return True
 
     @property
@@ -147,6 +154,7 @@ class DraftDesk:
         self._ended_at = ended_at
         answered = [(self._pending.pop(request_id), tree, walked) for request_id, tree, walked in step.trees]
         unanswered, self._num_unanswered = self._num_unanswered, 0
+        rested_s, self._rested_s = self._rested_s, 0.0
         governor = self._governor
         if governor is None or not self._was_governed:
             return
@@ -168,6 +176,7 @@ class DraftDesk:
             tally=tally,
             peer_sequences=step.peers.sequences,
             peer_rows=step.peers.rows,
+            rested_s=rested_s,
         )
         with self._lock:
             governor.observe(outcome)

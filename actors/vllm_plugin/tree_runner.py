@@ -173,7 +173,7 @@ class TreeRunnerMixin:
             return {}
         if desk.needs_hidden:
             self._hand_over_hidden(desk, state, lengths)
-        if desk.rests():
+        if desk.rests(count):
             self._let_learn(desk)
             return {}
         scheduled = state.scheduler_output.total_num_scheduled_tokens

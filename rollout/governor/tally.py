@@ -40,8 +40,8 @@ class Tally:
         return Tally(trials=np.zeros((max_depth, MAX_WIDTH)), hits=np.zeros((max_depth, MAX_WIDTH)))
 
     def add(self, other: Tally) -> None:
-        self.trials += other.trials
-        self.hits += other.hits
+        self.trials = self.trials + other.trials  # not in place: arrays that came through Ray cannot be written
+        self.hits = self.hits + other.hits
         self.asked += other.asked
         self.offered += other.offered
         self.nodes += other.nodes

@@ -272,25 +272,27 @@ def test_steps_that_nobody_drafts_for_are_looked_at_now_and_then() -> None:
     with mock.patch.object(one, "_governor") as governor:
         governor.choose.return_value = OFF
 
-        def run_steps(count: int) -> int:
+        def run_steps(count: int, size: int = 4) -> int:
             """How many of them were looked at."""
             looked = 0
             for _ in range(count):
                 now[0] += 0.01
-                if not one.rests():
-                    one.verified(step(1))
-                    one.choose(1, 10, 0, NOTHING)
+                if not one.rests(size):
+                    one.verified(step(size))
+                    one.choose(size, 10, 0, NOTHING)
                     looked += 1
             return looked
 
         assert run_steps(REST_AFTER) == REST_AFTER and run_steps(40) == 40 // REST_STRIDE
         for call in governor.observe.call_args_list:
             assert call.args[0].step_s == pytest.approx(0.01), "of one step, whatever came before"
+        assert governor.observe.call_args.args[0].rested_s == pytest.approx(0.01 * (REST_STRIDE - 1))
+        assert run_steps(REST_AFTER, size=1) == REST_AFTER, "at another size drafts may pay"
         governor.choose.return_value = one._fixed(["tests:0"])
         run_steps(REST_STRIDE)
-        assert not one.rests(), "somebody drafts"
+        assert not one.rests(1), "somebody drafts"
         one.turn([])
-        assert one.is_turned_off and not one.rests()
+        assert one.is_turned_off and not one.rests(1)
 
 
 def test_turned_off_nothing_is_drafted() -> None:
