@@ -4,8 +4,9 @@
 
 Engines are started once. Steps of several batches, contexts and prefills are timed on them and fitted
 (rollout.simulate.measured); then a heavy-tailed load, that of launch.bench_rollout, goes through the service under each
-policy, and through the simulator with the fitted costs. Printed are both makespans and `error`, predicted over measured
-less 1; exit code 0 if every one lies within `within`. `costs` keeps the steps for launch.simulate costs=….
+policy, and through the simulator with the fitted costs, times the pace of the machine just before and after. Printed
+are both makespans and `error`, predicted over measured less 1; exit code 0 if every one lies within `within`. `costs`
+keeps the steps for launch.simulate costs=….
 """
 
 from __future__ import annotations
@@ -144,6 +145,16 @@ def time_steps(service: Service, draw: random.Random, batch: int, prompt_tokens:
     )
 
 
+def measure_pace(service: Service, slots: int, costs: MeasuredCosts) -> float:
+    """How many times as long as fitted steps take just now; the median of some decoding steps of each end of the sizes.
+
+    Machines that are shared change by tens of per cent within minutes, which is not what the simulator is to predict.
+    """
+    draw = random.Random(0)
+    found = [next(time_steps(service, draw, batch, CONTEXTS[0])) for _ in range(TURNS) for batch in (1, slots)]
+    return statistics.median(step.step_s / costs.step_s(step) for step in found)
+
+
 def _chunk(name: str, prompt: tuple[int, ...]) -> Chunk:
     return Chunk(
         trajectory_id=name,
@@ -213,13 +224,16 @@ def compare_policies(
                 serve(client, loads.warm_up, "warm-up", num_slots)
                 turnaround = turnaround_s(serve(client, calm, "calm", num_slots))
                 for number, load in enumerate(loads.heavy):
+                    before = measure_pace(service, options.slots, costs)
                     clear_caches(service, ())
                     taken = serve(client, load, f"heavy-{number}", num_slots).timeline.makespan_s
                     scenario = scenario_of(service, config, options, load, turnaround)
-                    run = Simulation(scenario, policy, costs, kv_tokens, work_of(load)).run()
+                    pace = (before + measure_pace(service, options.slots, costs)) / 2
+                    run = Simulation(scenario, policy, costs.scaled(pace), kv_tokens, work_of(load)).run()
                     measured[policy].append(taken)
                     predicted[policy].append(run.outcome.makespan_s)
-                    print(f"  {policy:<8} took {taken:>6.2f} s, predicted {run.outcome.makespan_s:>6.2f} s", flush=True)
+                    told = f"took {taken:>6.2f} s, predicted {run.outcome.makespan_s:>6.2f} s at pace {pace:.2f}"
+                    print(f"  {policy:<8} {told}", flush=True)
     found = [
         Comparison(policy=policy, measured_s=tuple(measured[policy]), predicted_s=tuple(predicted[policy]))
         for policy in options.policies

@@ -24,6 +24,7 @@ from rollout.speculation.growth import ScoredTree
 from rollout.speculation_config import SpeculationConfig
 
 HIDDEN_BYTES = 64 * 2**20  # of hidden states kept for a draft model that is off
+HIDDEN_STEPS = 4096  # that they are of; one that was off for longer begins there
 STATE_BYTES = 64 * 2**20  # of states of prompts and of requests that ended
 
 
@@ -59,7 +60,7 @@ class CloverDrafter:
         self._layers = TargetLayers.of(embedding, head)
         self._proposer = CloverProposer(self.draft, self._layers)
         self._states: dict[str, DraftState] = {}
-        self._log = HiddenLog(HIDDEN_BYTES)
+        self._log = HiddenLog(HIDDEN_BYTES, HIDDEN_STEPS)
         self._store = StateStore(STATE_BYTES)
 
     @torch.inference_mode()

@@ -37,10 +37,11 @@ class HiddenLog:
 
     Args:
         max_bytes: Of hidden states.
+        max_steps: That are looked through for a request, and whose objects Python's garbage collector looks through.
     """
 
-    def __init__(self, max_bytes: int) -> None:
-        self._max_bytes = max_bytes
+    def __init__(self, max_bytes: int, max_steps: int) -> None:
+        self._max_bytes, self._max_steps = max_bytes, max_steps
         self._entries: deque[Entry] = deque()
         self.num_bytes = 0
 
@@ -55,7 +56,7 @@ class HiddenLog:
         """
         self._entries.append(Entry(request_ids=tuple(request_ids), counts=counts, first=first, rows=rows))
         self.num_bytes += rows.nbytes
-        while self.num_bytes > self._max_bytes:
+        while self.num_bytes > self._max_bytes or len(self._entries) > self._max_steps:
             self.num_bytes -= self._entries.popleft().rows.nbytes
 
     def since(self, request_id: str, position: int, stop: int) -> tuple[int, torch.Tensor | None]:

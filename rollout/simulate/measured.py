@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -74,6 +75,18 @@ class MeasuredCosts:
 
     def shared_s(self, rows: int) -> float:
         return 0.0
+
+    def step_s(self, step: MeasuredStep) -> float:
+        """What the fit says of a step."""
+        terms = (1.0, step.batch * step.spec, step.context_tokens, step.prefill_tokens)
+        return float(self._weights @ terms)
+
+    def scaled(self, factor: float) -> MeasuredCosts:
+        """The same on a machine that takes so many times as long."""
+        other = copy(self)
+        other._weights = factor * self._weights
+        other.context_token_s = factor * self.context_token_s
+        return other
 
 
 def _non_negative(terms: np.ndarray, seconds: np.ndarray) -> np.ndarray:

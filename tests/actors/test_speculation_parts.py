@@ -374,7 +374,7 @@ def test_siblings_draft_for_each_other_across_shards() -> None:
 
 
 def test_hidden_states_by_position() -> None:
-    log = HiddenLog(max_bytes=6 * 4 * 2)
+    log = HiddenLog(max_bytes=6 * 4 * 2, max_steps=3)
     rows = torch.arange(20.0).view(10, 2)
     log.add(["a", "b"], np.array([3, 1]), np.array([0, 5]), rows[:4])
     log.add(["a"], np.array([2]), np.array([3]), rows[4:6])
@@ -389,6 +389,9 @@ def test_hidden_states_by_position() -> None:
     begin, found = log.since("a", 3, 6)
     assert begin == 3 and torch.equal(found, rows[[4, 7, 8]])
     assert log.num_bytes <= 6 * 4 * 2
+    for position in range(6, 9):
+        log.add(["b"], np.array([1]), np.array([position]), rows[9:])
+    assert log.since("b", 6, 9)[0] == 6 and log.since("a", 0, 6) == (6, None), "three steps are kept"
 
 
 def test_rows_positions_and_moves_of_a_step() -> None:

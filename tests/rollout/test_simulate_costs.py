@@ -67,6 +67,17 @@ def test_measured_costs_find_the_coefficients() -> None:
     assert costs.shared_s(100) == 0
 
 
+def test_costs_on_a_slower_machine() -> None:
+    costs = MeasuredCosts(steps())
+    slower = costs.scaled(1.5)
+    for step in steps():
+        assert costs.step_s(step) == pytest.approx(step.step_s) and slower.step_s(step) == pytest.approx(
+            1.5 * step.step_s
+        )
+    assert slower.context_token_s == 1.5 * costs.context_token_s
+    assert slower.local_s(3, 10, 0.0) == pytest.approx(1.5 * costs.local_s(3, 10, 0.0))
+
+
 def test_measured_costs_tell_how_far_off_they_are() -> None:
     costs = MeasuredCosts(steps(noise=0.05))
     # The mean of |N(0, 0.05)| is 0.05 · sqrt(2 / pi); the fit takes up four of 54 degrees of freedom.
