@@ -32,10 +32,9 @@ from rollout.speculation.tree import TokenTree
 from rollout.speculation.walk import Accepted
 from rollout.speculation_config import SpeculationConfig
 
-REST_AFTER = 64  # steps in a row without drafts, from which on only one of
-REST_STRIDE = (
-    4  # is looked at: what is known of steps does not change, and looking costs about a percent of a short one
-)
+REST_AFTER = 32  # steps in a row without drafts, from which on only one of
+REST_STRIDE = 8  # is looked at: looking costs some per cent of a short step
+RESIZED_LOOKS = 16  # steps that are looked at when batches have another size: drafts may pay at this one
 DRAFTS_ATTRIBUTE = "longroll_drafts"  # on vLLM's ModelRunnerOutput: request id → draft tokens of its next step
 
 
@@ -109,8 +108,8 @@ class DraftDesk:
     def rests(self, num_sequences: int) -> bool:
         """Whether the step of so many requests that just ended need not be looked at, nor the next one drafted for."""
         size = num_sequences.bit_length()
-        if size != self._idle_size:  # drafts may pay at this one
-            self._idle_size, self._num_idle = size, 0
+        if size != self._idle_size:
+            self._idle_size, self._num_idle = size, min(self._num_idle, REST_AFTER - RESIZED_LOOKS)
         if self._num_idle < REST_AFTER or self._pending or not self._is_governed:
             return False
         self._num_rested += 1

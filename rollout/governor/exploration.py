@@ -28,6 +28,7 @@ KNOWN_TRIALS = 32  # requests drafted for, from which step times are what is wor
 RETRY_REQUESTS = 16  # requests that one retry drafts for, spread over steps
 RETRY_STEPS = 4  # but in no more steps than that
 SOUNDING_REQUESTS = 8  # in one step of a trial that is about acceptance
+SHRUNK_STEPS = 16  # until what did not pay is tried again once batches have shrunk
 COOLING_STEPS = 256  # until the same plan, at the same size, is tried again
 
 
@@ -68,10 +69,9 @@ class Exploration:
         self._tried.clear()
 
     def shorten(self, step: int) -> None:
-        """Drafts pay sooner now, if they are any good: no wait is longer than the shortest."""
-        shortest = self._config.retry_steps
+        """Batches shrank. Drafts pay sooner now, if they are any good: they are tried soon, and waits start afresh."""
         for retry in self._retries.values():
-            retry.interval, retry.at_step = shortest, min(retry.at_step, step + shortest)
+            retry.interval, retry.at_step = self._config.retry_steps, min(retry.at_step, step + SHRUNK_STEPS)
 
     def plan(
         self, plans: Sequence[Plan], best: Plan, allowed: set[Sources], step: int, suspected: Sequence[str] = ()

@@ -13,7 +13,7 @@ from actors.engine_args import engine_args
 from actors.vllm_plugin import patches
 from actors.vllm_plugin.draft_records import NOTHING, DraftLimits, DraftRequest, StepSize, Verified
 from actors.vllm_plugin.drafters import AdversarialDrafter, RandomDrafter
-from actors.vllm_plugin.drafting import REST_AFTER, REST_STRIDE, DraftDesk
+from actors.vllm_plugin.drafting import REST_AFTER, REST_STRIDE, RESIZED_LOOKS, DraftDesk
 from actors.vllm_plugin.hidden_log import HiddenLog
 from actors.vllm_plugin.options import PluginOptions
 from actors.vllm_plugin.scheduler import VersionMixin
@@ -287,7 +287,7 @@ def test_steps_that_nobody_drafts_for_are_looked_at_now_and_then() -> None:
         for call in governor.observe.call_args_list:
             assert call.args[0].step_s == pytest.approx(0.01), "of one step, whatever came before"
         assert governor.observe.call_args.args[0].rested_s == pytest.approx(0.01 * (REST_STRIDE - 1))
-        assert run_steps(REST_AFTER, size=1) == REST_AFTER, "at another size drafts may pay"
+        assert run_steps(RESIZED_LOOKS, size=1) == RESIZED_LOOKS, "at another size drafts may pay"
         governor.choose.return_value = one._fixed(["tests:0"])
         run_steps(REST_STRIDE)
         assert not one.rests(1), "somebody drafts"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from copy import deepcopy
 from dataclasses import replace
 
 import numpy as np
@@ -144,11 +145,11 @@ def test_metrics_add_up():
         "spec/guarded_steps",
         "spec/loss_s",
     }
-    for tally in record.by_source.values():  # as those that came from another process
+    again.merge(record)
+    doubled = deepcopy(record)
+    for tally in doubled.by_source.values():  # as those that came from another process
         tally.trials.setflags(write=False)
         tally.hits.setflags(write=False)
-    again.merge(record)
-    doubled = replace(record, by_source=dict(record.by_source))
     doubled.merge(record)
     assert doubled.by_source["clover2"].asked == 2 * record.by_source["clover2"].asked
     assert again.metrics() == pytest.approx(metrics)
