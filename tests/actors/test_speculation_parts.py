@@ -13,7 +13,7 @@ from actors.engine_args import engine_args
 from actors.vllm_plugin import patches
 from actors.vllm_plugin.draft_records import NOTHING, DraftLimits, DraftRequest, StepSize, Verified
 from actors.vllm_plugin.drafters import AdversarialDrafter, RandomDrafter
-from actors.vllm_plugin.drafting import REST_AFTER, REST_STRIDE, RESIZED_LOOKS, DraftDesk
+from actors.vllm_plugin.drafting import RESIZED_LOOKS, REST_AFTER, REST_STRIDE, DraftDesk
 from actors.vllm_plugin.hidden_log import HiddenLog
 from actors.vllm_plugin.options import PluginOptions
 from actors.vllm_plugin.scheduler import VersionMixin
