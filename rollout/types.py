@@ -6,7 +6,6 @@ engines or trainers.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -44,15 +43,19 @@ _LEGAL = {
 }
 
 
+LEAST_FLOAT32 = 2.0**-126
+"""The least normal number of the format that engines sample in."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
     """How tokens are drawn. A token is argmax(processed logits / T + Gumbel(seed, position)).
 
     Attributes:
         max_tokens: Most tokens to generate, ≥ 1.
-        temperature: T ≥ 0; 0 is greedy.
-        top_k: Keep the k most likely tokens; None keeps all.
-        top_p: Keep the smallest set of tokens whose mass reaches p, 0 < p ≤ 1.
+        temperature: T, 0 for greedy; else in [1e-30, 1e30], so that float32 holds logits / T.
+        top_k: Keep the k most likely tokens, k < 2**31; None keeps all.
+        top_p: Keep the smallest set of tokens whose mass reaches p, a normal float32 in (0, 1].
         stop_token_ids: Tokens that end a generation (kept as its last token).
         ignore_eos: Go on past the model's own end token (for benchmarks).
     """
@@ -67,12 +70,15 @@ class SamplingParams:
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
             raise InvalidRequest("max_tokens", self.max_tokens, "an integer ≥ 1")
-        if not math.isfinite(self.temperature) or self.temperature < 0:
-            raise InvalidRequest("temperature", self.temperature, "a finite number ≥ 0")
-        if self.top_k is not None and self.top_k < 1:
-            raise InvalidRequest("top_k", self.top_k, "an integer ≥ 1, or None for off")
-        if not 0 < self.top_p <= 1:
-            raise InvalidRequest("top_p", self.top_p, "a number in (0, 1]")
+        # What engines cannot hold would end in them, and take everybody's requests along.
+        if self.temperature != 0 and not 1e-30 <= self.temperature <= 1e30:
+            raise InvalidRequest("temperature", self.temperature, "0, or a number in [1e-30, 1e30]")
+        if self.top_k is not None and not 1 <= self.top_k < 2**31:
+            raise InvalidRequest("top_k", self.top_k, "an integer in [1, 2**31), or None for off")
+        if not LEAST_FLOAT32 <= self.top_p <= 1:
+            raise InvalidRequest("top_p", self.top_p, f"a number in [{LEAST_FLOAT32:.3g}, 1]")
+        if not all(0 <= token < 2**31 for token in self.stop_token_ids):
+            raise InvalidRequest("stop_token_ids", list(self.stop_token_ids), "integers in [0, 2**31)")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -147,6 +147,21 @@ def test_tokens_follow_the_truncated_softmax(temperature: float, cut: str) -> No
         assert stats.chisquare(observed, wanted).pvalue > SIGNIFICANCE
 
 
+def test_the_most_extreme_parameters_that_requests_may_have() -> None:
+    """Those at the ends of what `rollout.types.SamplingParams` allows: the engine must not end by them."""
+    logits, keys = random_batch(3, 50, seed=4)
+    keys["temperature"] = torch.tensor([1e-30, 1e30, 1.0])
+    threshold = truncation_threshold(
+        logits,
+        temperature=keys["temperature"],
+        top_k=torch.full((3,), 2**31 - 1, dtype=torch.int32),
+        top_p=torch.full((3,), 2.0**-126),
+    )
+    tokens, logprobs = gumbel_sample(logits, **keys, threshold=threshold)
+    assert tokens[0] == logits[0].argmax() and tokens[2] == logits[2].argmax() and 0 <= tokens[1] < 50
+    assert not logprobs.isnan().any()
+
+
 def test_noise_that_rows_share_is_drawn_once_and_is_the_same() -> None:
     """Ten rows of three places, some greedy, some truncated."""
     logits, keys = random_batch(10, 777, seed=3)
