@@ -79,8 +79,7 @@ class DraftDesk:
         self._ended_at: float | None = None
         self._num_idle = 0  # steps in a row for which nobody was to draft, of those looked at
         self._idle_size = 0  # of their batches, as a power of two
-        self._num_rested = 0
-        self._rested_s = 0.0  # seconds of steps that were not looked at, since one was
+        self._num_rested = 0  # steps that were not looked at, since one was
         self._turned_on = self._sources
         self._is_governed = self._was_governed = self._governor is not None  # the latter: when it was last chosen
 
@@ -112,12 +111,10 @@ class DraftDesk:
             self._idle_size, self._num_idle = size, min(self._num_idle, REST_AFTER - RESIZED_LOOKS)
         if self._num_idle < REST_AFTER or self._pending or not self._is_governed:
             return False
-        self._num_rested += 1
-        if self._num_rested % REST_STRIDE == 0:
+        if self._num_rested == REST_STRIDE - 1:
             return False
-        ended_at = self._clock()
-        self._rested_s += ended_at - (self._ended_at or ended_at)
-        self._ended_at = ended_at
+        self._num_rested += 1
+        self._ended_at = self._clock()
         return True
 
     @property
@@ -153,7 +150,7 @@ class DraftDesk:
         self._ended_at = ended_at
         answered = [(self._pending.pop(request_id), tree, walked) for request_id, tree, walked in step.trees]
         unanswered, self._num_unanswered = self._num_unanswered, 0
-        rested_s, self._rested_s = self._rested_s, 0.0
+        num_rested, self._num_rested = self._num_rested, 0
         governor = self._governor
         if governor is None or not self._was_governed:
             return
@@ -175,7 +172,7 @@ class DraftDesk:
             tally=tally,
             peer_sequences=step.peers.sequences,
             peer_rows=step.peers.rows,
-            rested_s=rested_s,
+            num_rested=num_rested,
         )
         with self._lock:
             governor.observe(outcome)

@@ -248,8 +248,9 @@ class Governor:
             return
         everybody = outcome.num_sequences + outcome.peer_sequences
         off_s = self.planner.base_s(everybody, outcome.context_tokens)
-        self._guard.pass_time(outcome.step_s + outcome.rested_s, off_s)
-        self._trials.pass_time(outcome.step_s + outcome.rested_s, off_s)
+        passed_s = (1 + outcome.num_rested) * outcome.step_s
+        self._guard.pass_time(passed_s, off_s)
+        self._trials.pass_time(passed_s, off_s)
         # A choice without drafts yields what it yields, so that only drafts are charged for.
         worth_s = off_s * (outcome.num_tokens + outcome.peer_sequences) / everybody
         is_drafting = not outcome.choice.is_off

@@ -96,7 +96,7 @@ class StepOutcome:
         draft_s: Of those, by source; empty = not measured apart.
         has_prefill: It also prefilled, so that its time says nothing about decoding.
         tally: What the drafts came to; None without drafts.
-        rested_s: Seconds of steps before this one, without drafts, that the governor was not told of.
+        num_rested: Steps like this one, without drafts, that came before it and that the governor was not told of.
     """
 
     choice: Choice
@@ -111,7 +111,7 @@ class StepOutcome:
     tally: StepTally | None = None
     peer_sequences: int = 0
     peer_rows: int = 0
-    rested_s: float = 0.0
+    num_rested: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -286,7 +286,7 @@ def test_steps_that_nobody_drafts_for_are_looked_at_now_and_then() -> None:
         assert run_steps(REST_AFTER) == REST_AFTER and run_steps(40) == 40 // REST_STRIDE
         for call in governor.observe.call_args_list:
             assert call.args[0].step_s == pytest.approx(0.01), "of one step, whatever came before"
-        assert governor.observe.call_args.args[0].rested_s == pytest.approx(0.01 * (REST_STRIDE - 1))
+        assert governor.observe.call_args.args[0].num_rested == REST_STRIDE - 1
         assert run_steps(RESIZED_LOOKS, size=1) == RESIZED_LOOKS, "at another size drafts may pay"
         governor.choose.return_value = one._fixed(["tests:0"])
         run_steps(REST_STRIDE)
