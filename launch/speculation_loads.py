@@ -86,7 +86,7 @@ class Options:
             self._check(name, (getattr(self, name),))
         for name in ("tails", "batches"):
             self._check(name, getattr(self, name))
-        if self.tail_pool < sum(self.tails) * self.tail_rounds:
+        if "tail" in self.parts and self.tail_pool < sum(self.tails) * self.tail_rounds:
             raise InvalidRequest("tail_pool", self.tail_pool, "as many answers as all tails of a repeat need")
         if "corrupted" in self.parts and self.tail_pool < CORRUPTED_LOADS * self.corrupted_batch:
             expected = f"{CORRUPTED_LOADS * self.corrupted_batch}: as many answers as part corrupted needs"
