@@ -139,7 +139,7 @@ def test_a_drafter_that_knows_where_it_is_right_is_estimated_by_what_its_trees_b
         known.learn(tally.together, 2, MAX_DEPTH)
     # Truth: 2 tokens a request. Averages: 0.5 in the first layer, then surely on.
     assert known.estimate().accepted[-1][2] == pytest.approx(2.0, abs=4 * 2 / math.sqrt(512))
-    assert known.estimate().nodes[-1][2] == pytest.approx(2.5, rel=0.15)
+    assert known.estimate().nodes[-1][2] == pytest.approx(2.5, rel=0.175)
 
 
 def test_a_source_that_is_seldom_asked_costs_little() -> None:
@@ -183,5 +183,6 @@ def test_a_source_that_is_seldom_asked_costs_little() -> None:
         for num_asked in (0, 1, 1, 2):
             learn(num_asked)
     seldom = next(p for p in planner.plans(state, [sources]) if p.budget_index == together.budget_index)
-    # A quarter of the requests, and the first 256 of 4,352 asked for all count exp(-4) of what they did.
-    assert seldom.draft_s == pytest.approx(together.draft_s / 4, rel=0.15)
+    # A quarter of the requests. The first 256 were asked for all and count exp(-4): 0.75 / 0.25 of that is 5.5 % more.
+    # Cells of the time model are a third of an octave wide, so a time may be carried over by up to 12 %.
+    assert seldom.draft_s == pytest.approx(together.draft_s / 4, rel=0.175)
