@@ -1,24 +1,27 @@
-"""INT4 weights on the CPU: quantisation in cache-sized pieces, and torch's own INT4 matmul.
+"""INT4 weights on the CPU: quantisation in cache-sized pieces, products and experts.
 
 Owns the CPU's kernel forms and what runs on them. There are two, told apart by the rank of the second
 tensor:
 
 - bfloat16 activations: torch's layout for ``_weight_int4pack_mm_for_cpu``, uint8 [N, K/2] in an order
   that depends on the vector width of this machine's CPU (so it must not travel to another), and
-  bfloat16 [K/G, N, 2] of scales and zeros. N K / 2 bytes and 4 N K / G bytes.
+  bfloat16 [K/G, N, 2] of scales and zeros. N K / 2 bytes and 4 N K / G bytes. ``native.py`` reads it on a
+  CPU with AMX, torch's kernel on any other.
 - float32 activations: the canonical tensors, N K / 2 and 2 N K / G bytes. torch's INT4 matmul is tens of
   times slower than dense in float32, so these weights are made dense float32 in each call, which is
   exact and costs more time than the product at a few rows.
 
-A row's result is, in bfloat16, independent of the other rows and of their number: torch's kernel takes
-K in the same order at any number of rows, which tests check. In float32 it is the BLAS's business.
+A row's result is, in bfloat16, independent of the other rows and of their number: either kernel takes K
+in the same order at any number of rows, which tests check. In float32 it is the BLAS's business.
 """
 
 import itertools
+from collections.abc import Sequence
 
 import torch
 from torch.nn.functional import linear, silu
 
+from kernels.int4.native import grouped_products
 from kernels.int4.reference import MAX_CODE, MIN_CODE, ZERO_NIBBLE, dequantise_reference
 
 Form = tuple[torch.Tensor, torch.Tensor]
@@ -98,7 +101,8 @@ def is_torch_form(form: Form) -> bool:
 def int4_linear_cpu(x: torch.Tensor, form: Form, group_size: int, bias: torch.Tensor | None) -> torch.Tensor:
     """``int4_linear`` on the CPU."""
     if is_torch_form(form):
-        y = _matmul(x.contiguous(), form[0], group_size, form[1])
+        one = (form[0].unsqueeze(0), form[1].unsqueeze(0))
+        y = _expert_products(x.contiguous(), one, (0, len(x)), group_size)
         return y if bias is None else y.add_(bias)
     return linear(x, dequantise_reference(*form), bias)
 
@@ -123,12 +127,12 @@ def int4_moe_cpu(
     local_ids, order = local_ids.sort(stable=True)
     bounds = torch.searchsorted(local_ids, torch.arange(num_experts + 1, dtype=local_ids.dtype)).tolist()
     order = order[bounds[0] : bounds[-1]]
-    sizes = [stop - start for start, stop in itertools.pairwise(bounds)]
-    if sum(sizes) == 0:
+    if not len(order):
         return output.to(x.dtype)
+    bounds = [bound - bounds[0] for bound in bounds]
     token = order // top_k
-    hidden = _expert_products(x.index_select(0, token), w13, sizes, group_size)
-    y = _expert_products(activate(hidden), w2, sizes, group_size).float()
+    hidden = _expert_products(x.index_select(0, token), w13, bounds, group_size)
+    y = _expert_products(activate(hidden), w2, bounds, group_size).float()
     y.mul_(topk_weights.reshape(-1, 1).index_select(0, order))
     return output.index_add_(0, token, y).to(x.dtype)
 
@@ -142,15 +146,18 @@ def activate(hidden: torch.Tensor) -> torch.Tensor:
     return torch.cat(pieces)
 
 
-def _expert_products(x: torch.Tensor, weight: Form, sizes: list[int], group_size: int) -> torch.Tensor:
-    """Multiply the first sizes[0] rows of x with the first expert's weight, and so on."""
+def _expert_products(x: torch.Tensor, weight: Form, bounds: Sequence[int], group_size: int) -> torch.Tensor:
+    """Multiply rows bounds[e] up to bounds[e + 1] of x, contiguous, with the weight of expert e."""
     is_torch, dense = is_torch_form(weight), weight[0]
+    if is_torch and (native := grouped_products()) is not None:
+        return native(x, bounds, *weight, group_size)
     if not is_torch:
         dense = dequantise_reference(*weight)
-    products = []
-    for expert, rows in enumerate(x.split(sizes)):
-        if not len(rows):
+    products = [x.new_empty(0, weight[0].shape[1])]
+    for expert, (start, stop) in enumerate(itertools.pairwise(bounds)):
+        if start == stop:
             continue
+        rows = x[start:stop]
         if is_torch:
             products.append(_matmul(rows, weight[0][expert], group_size, weight[1][expert]))
         else:
