@@ -22,7 +22,7 @@ from vllm.model_executor.model_loader.reload.layerwise import initialize_online_
 from vllm.model_executor.utils import set_weight_attrs
 from vllm.platforms import current_platform
 
-from actors.vllm_plugin.slots import PACKED_FOR, Int4Store, PackedStore, Slot, is_int4, plain_slots, stored_slot
+from actors.vllm_plugin.slots import Int4Store, PackedStore, Slot, instructions, is_int4, plain_slots, stored_slot
 from kernels.int4 import int4_moe
 from rollout.config import Int4Config
 from rollout.errors import InvalidRequest
@@ -208,7 +208,7 @@ def _grouped(
     x: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor
 ) -> torch.Tensor:
     output = torch.empty_like(x)
-    cpu_fused_moe(output, x, w13, w2, None, None, topk_weights, topk_ids, "silu", PACKED_FOR)
+    cpu_fused_moe(output, x, w13, w2, None, None, topk_weights, topk_ids, "silu", instructions(x.dtype))
     return output
 
 

@@ -5,6 +5,7 @@ Shared by the methods that own layers (quantization.py, moe.py) and read by live
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -17,10 +18,15 @@ from rollout.errors import InvalidRequest
 from rollout.sync.encoding import Encoding, plan_tensor
 from rollout.sync.manifest import TensorSpec, dtype_name
 
-PACKED_FOR = "vec"  # of the orders vLLM's grouped CPU kernel knows, the one for any x86 CPU
 GIVEN_AWAY = "initial weights: got a second call, expected one for each engine"
 Canonical = tuple[torch.Tensor, torch.Tensor]
 """(packed, scale) of kernels.int4."""
+
+
+@functools.cache
+def instructions(dtype: torch.dtype) -> str:
+    """Those that vLLM's grouped CPU kernel is to use, each with an order of weights of its own; as vLLM chooses."""
+    return "amx" if dtype == torch.bfloat16 and torch.cpu._init_amx() else "vec"
 
 
 def is_int4(names: Sequence[str], num_in: int, dtype: torch.dtype, int4: Int4Config | None) -> bool:
@@ -120,12 +126,12 @@ class PackedStore:
         weight = layer._parameters.pop(name)
         self._initial: torch.Tensor | None = weight.detach()
         self.num_rows, self.num_in = weight.shape[-2:]
-        self.form = cpu_prepack_moe_weight(weight.detach(), PACKED_FOR)
+        self.form = cpu_prepack_moe_weight(weight.detach(), instructions(weight.dtype))
         layer.register_parameter(name, _parameter(self.form, weight))
 
     def prepare(self, weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """What is held of one expert's matrix [N, K]."""
-        return (cpu_prepack_moe_weight(weight.unsqueeze(0), PACKED_FOR).squeeze(0),)
+        return (cpu_prepack_moe_weight(weight.unsqueeze(0), instructions(weight.dtype)).squeeze(0),)
 
     def live(self, expert: int | None) -> tuple[torch.Tensor, ...]:
         """View of what is held of one expert."""
