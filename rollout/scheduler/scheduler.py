@@ -190,7 +190,13 @@ class Scheduler:
         assert job is not None, "what runs is known to the dispatcher"
         fault = fault_of(job.budget_tokens, result)
         is_kept = fault is None and result.finish_reason is not FinishReason.ERROR
-        self._dispatcher.hold(flight.flight_id, num_tokens if is_kept else 0, now, duration_s=result.duration_s)
+        self._dispatcher.hold(
+            flight.flight_id,
+            num_tokens if is_kept else 0,
+            now,
+            goes_on=is_kept and result.finish_reason is FinishReason.LENGTH and num_tokens < job.remaining_tokens,
+            duration_s=result.duration_s,
+        )
         flight.phase = Phase.LANDING
         if not is_kept:
             self._book.counts.num_tokens_discarded += num_tokens
