@@ -127,7 +127,6 @@ class ShardBook:
         """Nobody else gets the slot that a job has just left, until `give_up`."""
         job.kept = rank
         self._loads[rank].kept.add(job.job_id)
-        self._offer(rank)
 
     def give_up(self, job: Job) -> None:
         """The slot that was kept for a job is free; harmless without one."""
