@@ -176,7 +176,7 @@ class Scheduler:
         return cuts
 
     def land(self, result: ChunkResult, now: float) -> Landing | None:
-        """A chunk came back: its slot is free if it was the last. Returns what must be durable before `landed` is called.
+        """A chunk came back; its slot is free if it was the last. Returns what must be durable before `landed`.
 
         None where nothing is kept: a result that nobody waits for any more (counted), a fault, or dropped tokens.
         """
