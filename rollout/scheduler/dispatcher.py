@@ -171,19 +171,25 @@ class Dispatcher:
         self, job_id: str, num_tokens: int, is_ended: bool, now: float, *, duration_s: float | None = None
     ) -> None:
         """A chunk came back; a job that has not ended is queued again. See `hold`."""
-        self.hold(job_id, num_tokens, now, duration_s=duration_s)
+        self.hold(job_id, num_tokens, now, goes_on=not is_ended, duration_s=duration_s)
         if is_ended:
             self.end(job_id)
         else:
             self.resume(job_id)
 
-    def hold(self, job_id: str, num_tokens: int, now: float, *, duration_s: float | None = None) -> None:
-        """A chunk came back: its shard is free, its job waits for `resume`, `end` or `remove`.
+    def hold(
+        self, job_id: str, num_tokens: int, now: float, *, goes_on: bool = True, duration_s: float | None = None
+    ) -> None:
+        """A chunk came back: its job waits for `resume`, `end` or `remove`.
+
+        Under divided the slot of a job that goes on is kept for it: whoever took it for the moment of a write would
+        have begun before its turn, and the job would find its prefix on a shard that is full.
 
         Args:
             job_id: A running job.
             num_tokens: New tokens.
             now: Seconds.
+            goes_on: Another chunk is likely to follow.
             duration_s: That the engine took, to learn from.
         """
         job = self._jobs[job_id]
@@ -191,7 +197,10 @@ class Dispatcher:
         if duration_s is not None and self._is_divided:
             reserved = self._book[job.shard].reserved_tokens
             self._costs.learn(num_tokens, duration_s, self._book.batch(job.shard), reserved)
+        keeps_slot = goes_on and self._is_divided and job_id not in self._cutting
         self._release(job)
+        if keeps_slot and job.home is not None:
+            self._book.keep(job, job.home)
         job.num_tokens += num_tokens
         job.state = JobState.HELD
 
@@ -218,10 +227,12 @@ class Dispatcher:
         """A job that does not run has other tokens than before: they were dropped, or restored."""
         job = self._jobs[job_id]
         assert job.state is not JobState.RUNNING, "a running job changes with its chunk"
+        self._book.wait_no_more(job)
         job.num_tokens = num_tokens
         if num_tokens == 0:
             job.home = None
         if job.state is JobState.QUEUED:
+            self._book.wait(job)
             self._requeue(job)
 
     def remove(self, job_id: str) -> None:
@@ -304,6 +315,7 @@ class Dispatcher:
         self.counts.num_migrations += job.num_tokens > 0 and job.home != shard
         self.counts.num_trimmed += budget_tokens < self._policy.chunk_tokens(job)
         self._passed.pop(job.job_id, None)
+        self._book.wait_no_more(job)
         job.state, job.home, job.started_at = JobState.RUNNING, shard, now
         self._book.reserve(job, shard, budget_tokens)
         self._running_by_priority.setdefault(job.priority, {})[job.job_id] = None
@@ -322,6 +334,8 @@ class Dispatcher:
 
     def _enqueue(self, job: Job) -> None:
         job.state = JobState.QUEUED
+        self._book.give_up(job)
+        self._book.wait(job)
         self._groups[job.group_id].queued.add(job.job_id)
         self._count_queued(job, 1)
         self._requeue(job)
@@ -359,6 +373,10 @@ class Dispatcher:
 
     def _forget(self, job: Job) -> None:
         group = self._groups[job.group_id]
+        if job.kept is not None:
+            self._book.give_up(job)
+            self._open_lanes.add(None)
+        self._book.wait_no_more(job)
         if job.state is JobState.QUEUED:
             group.queued.discard(job.job_id)
             self._count_queued(job, -1)

@@ -46,6 +46,7 @@ class Job:
     state: JobState = JobState.QUEUED
     shard: int | None = None  # where it runs
     home: int | None = None  # where it ran last, and may find its prefix
+    kept: int | None = None  # where its slot is kept while its chunk is made durable
     budget_tokens: int = 0  # of the running chunk
     reserved_tokens: int = 0  # KV of the running chunk at its end
     is_probe: bool = False  # the member of its group that is to end early, so as to tell a length

@@ -9,7 +9,9 @@ A policy is pure and small: it sees jobs, the shards' loads and the predictor, a
 - divided: chunks, as Seer (arXiv 2511.14617) does. What has begun goes on first, where its prefix is, unless a move
   pays for the prefill. Then one probe of every group, then the longest expected first; they start where the KV that
   everybody there is likely to need at once has room, and a chunk only where its KV is reserved up to its end, so that
-  no engine preempts.
+  no engine preempts. What has begun gives way between two chunks to one that is sure to need longer, where its KV can
+  wait: with more long ones than slots all end at about the same time. It is the rule of the longest remaining time,
+  which is the best for the makespan where lengths are known (Pinedo, Scheduling, 2016, section 5.2), kept to what is.
 """
 
 from __future__ import annotations
@@ -23,6 +25,8 @@ from rollout.scheduler.shard_book import ShardBook, whole_blocks
 from rollout.scheduler.step_costs import StepCosts
 
 MIN_CHUNK_TOKENS = 64  # a shorter chunk is not worth a visit, unless it is the last of its trajectory
+LONG = 0.5  # of the limit: what is expected to exceed it may be as long as anything that has begun
+ROOMY = 0.5  # of a shard's KV: with so much in use what waits stays there, for what runs grows
 PAYS = 1.5  # a move must save so many times what its prefill costs: both are estimates
 
 Key = tuple[float, float]
@@ -112,11 +116,15 @@ class Divided:
         self._book, self._predictor, self._costs, self._jobs = book, predictor, costs, jobs
 
     def key(self, job: Job) -> Key:
-        if job.home is not None:  # whoever waits instead would have to be prefilled again
-            return (0.0, -float(job.num_tokens))
-        if job.is_probe and not self._predictor.is_known(job.group_id):
-            return (1.0, float(job.num_tokens))
-        return (2.0, -self._predictor.remaining_tokens(job))
+        if job.home is not None:
+            if not self._can_wait(job.home):  # it would have to be prefilled again
+                return (0.0, -float(job.num_tokens))
+            return (1.0, -float(job.remaining_tokens))  # at most: it gives way to nothing that it may outlast
+        is_known = self._predictor.is_known(job.group_id)
+        if job.is_probe and not is_known:
+            return (2.0, float(job.num_tokens))
+        remaining = self._predictor.remaining_tokens(job)
+        return (1.0 if is_known and remaining > LONG * job.max_tokens else 3.0, -remaining)
 
     def chunk_tokens(self, job: Job) -> int:
         return min(job.remaining_tokens, self._chunk_tokens or job.remaining_tokens)
@@ -136,6 +144,11 @@ class Divided:
             return None
         budget = self._budget(job, emptiest)
         return (emptiest, budget) if budget else None
+
+    def _can_wait(self, rank: int) -> bool:
+        """Whether the KV of all that wait for this shard has room beside what is reserved on it."""
+        load = self._book[rank]
+        return load.reserved_tokens + load.waiting_tokens <= ROOMY * load.capacity.kv_tokens
 
     def _fits(self, job: Job, rank: int) -> bool:
         """Whether the KV of all that run there and of this one is likely to have room at every moment.

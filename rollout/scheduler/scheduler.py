@@ -176,7 +176,7 @@ class Scheduler:
         return cuts
 
     def land(self, result: ChunkResult, now: float) -> Landing | None:
-        """A chunk came back: its shard is free. Returns what must be durable before `landed` is called.
+        """A chunk came back; its slot is free if it was the last. Returns what must be durable before `landed`.
 
         None where nothing is kept: a result that nobody waits for any more (counted), a fault, or dropped tokens.
         """
@@ -190,7 +190,9 @@ class Scheduler:
         assert job is not None, "what runs is known to the dispatcher"
         fault = fault_of(job.budget_tokens, result)
         is_kept = fault is None and result.finish_reason is not FinishReason.ERROR
-        self._dispatcher.hold(flight.flight_id, num_tokens if is_kept else 0, now, duration_s=result.duration_s)
+        goes_on = is_kept and result.finish_reason is FinishReason.LENGTH and num_tokens < job.remaining_tokens
+        kept = num_tokens if is_kept else 0
+        self._dispatcher.hold(flight.flight_id, kept, now, goes_on=goes_on, duration_s=result.duration_s)
         flight.phase = Phase.LANDING
         if not is_kept:
             self._book.counts.num_tokens_discarded += num_tokens

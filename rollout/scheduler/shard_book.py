@@ -20,6 +20,9 @@ class ShardLoad:
         capacity: What it can take.
         running: Jobs whose chunk it runs.
         reserved_tokens: KV that they may need before their chunks end.
+        kept: Jobs whose chunk came back and whose next one is to have the same slot.
+        waiting: Contexts of jobs that ran here last and wait; their KV stays until its room is needed.
+        waiting_tokens: Sum of these.
         is_live: It serves.
         is_draining: It finishes what it runs and starts nothing.
     """
@@ -27,6 +30,9 @@ class ShardLoad:
     capacity: ShardCapacity
     running: set[str] = field(default_factory=set)
     reserved_tokens: int = 0
+    kept: set[str] = field(default_factory=set)
+    waiting: dict[str, int] = field(default_factory=dict)
+    waiting_tokens: int = 0
     is_live: bool = True
     is_draining: bool = False
     stamp: int = 0
@@ -37,7 +43,8 @@ class ShardLoad:
 
     @property
     def has_slot(self) -> bool:
-        return self.is_live and not self.is_draining and len(self.running) < self.capacity.max_running
+        num_taken = len(self.running) + len(self.kept)
+        return self.is_live and not self.is_draining and num_taken < self.capacity.max_running
 
 
 class ShardBook:
@@ -115,6 +122,31 @@ class ShardBook:
         self.num_running -= 1
         self._offer(job.shard)
         job.shard, job.reserved_tokens, job.budget_tokens = None, 0, 0
+
+    def keep(self, job: Job, rank: int) -> None:
+        """Nobody else gets the slot that a job has just left, until `give_up`."""
+        job.kept = rank
+        self._loads[rank].kept.add(job.job_id)
+
+    def give_up(self, job: Job) -> None:
+        """The slot that was kept for a job is free; harmless without one."""
+        if job.kept is not None:
+            self._loads[job.kept].kept.discard(job.job_id)
+            self._offer(job.kept)
+            job.kept = None
+
+    def wait(self, job: Job) -> None:
+        """A job waits whose prefix its home may have."""
+        if job.home is not None:
+            load = self._loads[job.home]
+            load.waiting[job.job_id] = job.context_tokens
+            load.waiting_tokens += job.context_tokens
+
+    def wait_no_more(self, job: Job) -> None:
+        """A job starts, is over or has lost its tokens; harmless for one that did not wait."""
+        if job.home is not None:
+            load = self._loads[job.home]
+            load.waiting_tokens -= load.waiting.pop(job.job_id, 0)
 
     def emptiest(self) -> int | None:
         """The shard with a free slot and the most free KV; then the fewest running, then the lowest rank."""

@@ -60,10 +60,12 @@ class WatchedDispatcher(Dispatcher):
             )
         return assignments
 
-    def hold(self, job_id: str, num_tokens: int, now: float, *, duration_s: float | None = None) -> None:
+    def hold(
+        self, job_id: str, num_tokens: int, now: float, *, goes_on: bool = True, duration_s: float | None = None
+    ) -> None:
         shard = self._jobs[job_id].shard
         assert shard is not None, "only a running job has a chunk"
-        super().hold(job_id, num_tokens, now, duration_s=duration_s)
+        super().hold(job_id, num_tokens, now, goes_on=goes_on, duration_s=duration_s)
         self._now = now
         spans = [VersionSpan(version=self.version, start=0, stop=num_tokens)] if num_tokens else []
         self._history.chunk_ended(job_id, shard, now, "length", num_tokens=num_tokens, spans=spans)

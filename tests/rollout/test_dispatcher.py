@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from rollout.config import DispatchConfig
 from rollout.scheduler.dispatcher import MAX_PASSED, Dispatcher
-from rollout.scheduler.jobs import Job, ShardCapacity
+from rollout.scheduler.jobs import Job, JobState, ShardCapacity
 from rollout.scheduler.shard_book import whole_blocks
 
 BLOCK = 4
@@ -77,7 +78,12 @@ class World:
         for rank in self.up:
             here = [one for one in self.running.values() if one.shard == rank]
             assert sorted(self.dispatcher.running_on(rank)) == sorted(one.job_id for one in here)
-            assert len(here) <= self.slots
+            kept = book[rank].kept
+            assert len(here) + len(kept) <= self.slots and kept <= self.held
+            for name, tokens in book[rank].waiting.items():
+                job = self.dispatcher.job(name)
+                assert (job.state, job.home, job.context_tokens) == (JobState.QUEUED, rank, tokens)
+            assert book[rank].waiting_tokens == sum(book[rank].waiting.values())
             needed = sum(whole_blocks(4 + self.tokens[one.job_id] + one.budget_tokens, BLOCK) for one in here)
             assert book[rank].reserved_tokens == needed
             assert self.policy != "divided" or needed <= self.kv
@@ -247,10 +253,10 @@ def test_what_waits_for_a_drained_shard_under_static_starts_when_another_has_roo
 
 def test_divided_probes_every_group_first_and_then_takes_the_longest_expected():
     dispatcher = a_dispatcher(num_shards=1, chunk=None, slots=1)
-    for group, _length in (("short", 10), ("long", 30)):
+    for group in ("short", "long"):
         for i in range(3):
             dispatcher.add(a_job(f"{group}{i}", group=group, order=len(group) * 10 + i), 0.0)
-    order, lengths = [], {"short": 10, "long": 30}
+    order, lengths = [], {"short": 5, "long": 15}  # of at most 40: neither is long
     while started := names(dispatcher.next_assignments(0.0)):
         order += started
         dispatcher.on_chunk(started[0], lengths[started[0][:-1]], True, 0.0)
@@ -268,6 +274,78 @@ def test_a_continuation_returns_home_and_comes_before_what_has_not_begun():
             dispatcher.on_chunk(name, 8, False, 0.0)
         assert {one.job_id: one.shard for one in dispatcher.next_assignments(0.0)} == home
     assert dispatcher.counts.num_migrations == 0
+
+
+def visited(dispatcher, group, length, most):
+    """The prompt of a group has been seen, and this long."""
+    dispatcher.remember(f"prompt of {group}", length)
+    return lambda i: replace(a_job(f"{group}/{i}", group=group, order=i, most=most), prompt_key=f"prompt of {group}")
+
+
+def ends_in_rounds(dispatcher, lengths, chunk):
+    """Chunks of one shard that take equally long: after how many rounds each job ended."""
+    ends, tokens, rounds = {}, dict.fromkeys(lengths, 0), 0
+    while len(ends) < len(lengths):
+        rounds += 1
+        for name in names(dispatcher.next_assignments(0.0)):
+            num = min(chunk, lengths[name] - tokens[name])
+            tokens[name] += num
+            if tokens[name] == lengths[name]:
+                ends[name] = rounds
+            dispatcher.on_chunk(name, num, name in ends, 0.0)
+    return ends
+
+
+@pytest.mark.parametrize("chunk", [4, 8])
+def test_one_more_long_job_than_slots_ends_with_the_others(chunk):
+    dispatcher = a_dispatcher(num_shards=1, chunk=chunk, slots=8, kv=10_000)
+    a_member = visited(dispatcher, "long", 160, 160)
+    for i in range(9):
+        dispatcher.add(a_member(i), 0.0)
+    ends = ends_in_rounds(dispatcher, {f"long/{i}": 160 for i in range(9)}, chunk)
+    assert max(ends.values()) - min(ends.values()) <= 1
+    assert max(ends.values()) == -(-9 * 160 // (8 * chunk))  # no schedule is shorter
+
+
+def test_what_has_begun_gives_way_only_to_what_is_sure_to_need_longer():
+    dispatcher = a_dispatcher(num_shards=1, chunk=8, slots=1, kv=10_000)
+    dispatcher.add(a_job("begun", group="other", most=100), 0.0)
+    assert names(dispatcher.next_assignments(0.0)) == ["begun"]
+    dispatcher.add(visited(dispatcher, "long", 60, 100)(0), 0.0)
+    dispatcher.add(visited(dispatcher, "short", 30, 100)(0), 0.0)
+    started = []
+    for _ in range(7):
+        dispatcher.on_chunk((started or ["begun"])[-1], 8, False, 0.0)
+        started += names(dispatcher.next_assignments(0.0))
+    assert started[:5] == ["begun"] * 4 + ["long/0"]  # 40 tokens: 60 left at most; equal ones go on
+    assert "short/0" not in started
+
+
+def test_what_has_begun_gives_way_to_nobody_where_kv_is_short():
+    dispatcher = a_dispatcher(num_shards=1, chunk=8, slots=1, kv=180)
+    dispatcher.add(a_job("begun", group="other", prompt=80, most=100), 0.0)
+    assert names(dispatcher.next_assignments(0.0)) == ["begun"]
+    dispatcher.add(visited(dispatcher, "long", 90, 100)(0), 0.0)
+    for _ in range(12):
+        dispatcher.on_chunk("begun", 8, False, 0.0)
+        assert names(dispatcher.next_assignments(0.0)) == ["begun"]
+
+
+def test_a_slot_is_kept_while_its_chunk_is_made_durable():
+    dispatcher = a_dispatcher(num_shards=1, slots=1)
+    for i in range(2):
+        dispatcher.add(a_job(f"j{i}", group=f"g{i}", order=i), 0.0)
+    assert names(dispatcher.next_assignments(0.0)) == ["j0"]
+    dispatcher.hold("j0", 8, 0.0)
+    assert dispatcher.next_assignments(0.0) == []
+    dispatcher.resume("j0")
+    assert names(dispatcher.next_assignments(0.0)) == ["j0"]
+    dispatcher.hold("j0", 8, 0.0, goes_on=False)  # it has ended: nothing to keep a slot for
+    assert names(dispatcher.next_assignments(0.0)) == ["j1"]
+    dispatcher.hold("j1", 8, 0.0)
+    dispatcher.add(a_job("j2", group="g2", order=2), 0.0)
+    dispatcher.remove("j1")
+    assert names(dispatcher.next_assignments(0.0)) == ["j2"]
 
 
 def test_one_urgent_job_cuts_one_chunk_once():

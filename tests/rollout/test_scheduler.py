@@ -313,6 +313,23 @@ def test_a_death_while_a_chunk_lands_neither_loses_nor_repeats_it():
     assert len(finished.group.trajectories[0].token_ids) == 8 and scheduler.counts.num_tokens_discarded == 0
 
 
+@pytest.mark.parametrize(
+    ("num_tokens", "reason", "is_kept"),
+    [(3, FinishReason.LENGTH, True), (2, FinishReason.STOP, False), (2, FinishReason.ABORT, False)],
+)
+def test_a_chunk_that_lands_keeps_its_slot_only_if_another_follows(num_tokens, reason, is_kept):
+    scheduler = make_scheduler(num_shards=1, max_running_per_shard=1, chunk_tokens=3)
+    scheduler.submit("h", make_request(num_prompts=2, n=1), 0.0)
+    [first] = scheduler.next_dispatches(0.0)
+    scheduler.land(answer(first, num_tokens, reason), 0.0)
+    started = scheduler.next_dispatches(0.0)
+    assert len(started) == (not is_kept)
+    scheduler.landed(first.chunk.trajectory_id, 0.0)
+    if is_kept:
+        [second] = scheduler.next_dispatches(0.0)
+        assert second.chunk.trajectory_id == first.chunk.trajectory_id
+
+
 def test_a_client_abort_while_a_chunk_lands_keeps_it():
     scheduler = make_scheduler(chunk_tokens=3)
     scheduler.submit("h", make_request(num_prompts=1, n=1), 0.0)
