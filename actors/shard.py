@@ -28,7 +28,7 @@ from actors.vllm_plugin.routing import routing_args
 from actors.vllm_plugin.steps import Step
 from rollout.config import EngineConfig, InFlight, ModelConfig, SyncConfig
 from rollout.errors import EngineDead, LongrollError, SyncRefused
-from rollout.fleet import Rendezvous, ShardInfo, ShardStats
+from rollout.fleet import Pace, Rendezvous, ShardInfo, ShardStats
 from rollout.gateway.outbox import Outboxes
 from rollout.governor.statistics import SpeculationRecord
 from rollout.routing import RoutingRef
@@ -210,10 +210,10 @@ class Shard:
         """End everything that runs here: whoever asked for it is gone."""
         await self.abort(list(self._running))
 
-    async def num_steps(self) -> int:
-        """Steps of the engine that have delivered something; while it is busy it grows, or the engine hangs."""
-        num_steps: int = self._stats.num_steps
-        return num_steps
+    async def pace(self) -> Pace:
+        """What its engine has done; while it is busy its steps grow in number, or the engine hangs."""
+        seen = self._stats
+        return Pace(num_steps=seen.num_steps, num_tokens=seen.num_later_tokens, token_s=seen.later_s)
 
     async def begin(self, attempt: int, version: int, base: int | None) -> None:
         """Prepare every worker for a publication. Raises SyncRefused on a fault, as all of these do."""
