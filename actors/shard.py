@@ -131,6 +131,7 @@ class Shard:
         Raises:
             EngineDead: The engine died; the chunk must be run elsewhere.
         """
+        from vllm.inputs import tokens_input
         from vllm.v1.engine.exceptions import EngineDeadError
 
         self._num_requests += 1
@@ -139,8 +140,9 @@ class Shard:
         began = time.monotonic()
         run = ChunkRun(chunk, self._outboxes.find(chunk.stream.subscriber) if chunk.stream is not None else None)
         params = sampling_params(chunk, self._stop_token_ids, self._extra_args(chunk, request_id))
+        prompt = tokens_input(list(chunk.token_ids))  # any other form vLLM prepares in a thread of its own, and back
         try:
-            async for output in self._engine.generate({"prompt_token_ids": list(chunk.token_ids)}, params, request_id):
+            async for output in self._engine.generate(prompt, params, request_id):
                 run.add(output)
         except EngineDeadError as error:
             raise EngineDead(f"shard {self._rank}: {error}") from error

@@ -81,7 +81,7 @@ def served_model(url: str, key: str) -> str:
 def _started(overrides: Sequence[str], more: Mapping[str, str]) -> Iterator[Served]:
     given = {override.partition("=")[0] for override in overrides}
     with tempfile.TemporaryDirectory(prefix="longroll-serving-") as folder:
-        defaults = {"experiment": "tiny_grpo", "run_dir": folder, "gateway.port": "0"} | more
+        defaults = {"experiment": "tiny_grpo", "run_dir": folder, "gateway.port": "0", **more}
         arguments = [f"{name}={value}" for name, value in defaults.items() if name not in given]
         process = subprocess.Popen(
             [sys.executable, "-m", "launch.serve", *arguments, *overrides],

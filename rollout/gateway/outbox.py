@@ -1,9 +1,9 @@
 """Tokens that wait for their subscriber to ask for them, gathered so that few messages carry them.
 
 A message between processes costs far more than what is in it, so all streams of a subscriber share one, which is sent
-when its oldest token has waited for `coalesce_s`. First tokens are sent as soon as they are there, and alone if no other
-token is due: whoever receives them has nothing else to do before. Time is passed in through a clock. Knows nothing of
-engines or of how the answer travels.
+when its oldest token has waited for `coalesce_s`. First tokens are sent as soon as they are there, and alone if no
+other token is due: whoever receives them has nothing else to do before. Time is passed in through a clock. Knows
+nothing of engines or of how the answer travels.
 """
 
 from __future__ import annotations

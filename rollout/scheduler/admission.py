@@ -153,7 +153,7 @@ class Admission:
         # A request of more choices than the bound is let in when it is alone, as otherwise it never would be.
         if bound is None or num_open == 0 or num_open + num_choices <= bound:
             return None
-        per_second, num_over = self._endings.per_second, min(num_choices, num_open) - max(0, bound - num_open)
+        per_second, num_over = self._endings.per_second, min(num_open, num_open + num_choices - bound)
         return QueueFull(
             f"request: got {num_choices} choices with {num_open} under way, expected at most {bound} in all, "
             "which keep the targets (scheduler.admission)",
