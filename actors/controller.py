@@ -34,6 +34,7 @@ from rollout.errors import EngineDead, InvalidRequest, RewardFailed
 from rollout.fleet import Place, ShardInfo, Supervision
 from rollout.handles import Delivery, Progress, RolloutHandle
 from rollout.rate import RateWindow
+from rollout.scheduler.admission import Admission
 from rollout.scheduler.jobs import ShardCapacity
 from rollout.scheduler.ledger import Ledger
 from rollout.scheduler.records import DeathKind, Dispatch, FailureKind, FinishedGroup, ScoreJob
@@ -104,7 +105,8 @@ class Controller(FleetCalls, FeedCalls, InteractiveCalls, PublicationCalls, Roll
         self._tasks: set[asyncio.Task[None]] = set()
         self._num_flips_under_way = 0
         self._num_groups_expired = self._num_internal_errors = 0
-        self._rate, self._endings = RateWindow(RATE_WINDOW_S), RateWindow(RATE_WINDOW_S)
+        self._rate = RateWindow(RATE_WINDOW_S)
+        self._admission = Admission(config.admission, time.monotonic())
         self._feed = FeedState(time.monotonic())
         self._is_stopping = False
 
@@ -336,13 +338,13 @@ class Controller(FleetCalls, FeedCalls, InteractiveCalls, PublicationCalls, Roll
         for handle_id in {*expired.to_abort, *self._aborting}:
             self._abort(handle_id)
         self._rate.sample(now, self._scheduler.counts.num_tokens_generated)
-        self._sample_endings()
         self._scheduler.keep_house(now)
         self._keep_feed(now)
         live = {rank: self._shards[rank] for rank in self._scheduler.live_shards}
         busy = {rank for rank in live if self._scheduler.running_on(rank)}
         for rank in self._watch.look(live, busy, now):
             self._on_shard_death(rank, "its engine made no step for supervisor.hang_timeout_s", DeathKind.HUNG)
+        self._tick_admission(now)
         self._pump()
 
     def _wake(self, handle_id: str) -> None:

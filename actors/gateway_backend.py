@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 import uuid
 from collections.abc import Callable
 from typing import Any
@@ -17,12 +18,14 @@ from rollout.async_client import AsyncRolloutClient
 from rollout.errors import LongrollError, QueueFull, ServiceLost
 from rollout.gateway.choices import Choice
 from rollout.remote import client_error, find_again
+from rollout.streaming import FirstToken
 from rollout.types import ModelLimits, RolloutRequest
 
 logger = logging.getLogger(__name__)
 POLL_S = 10.0
 REFRESH_S = 2.0
 RETRY_S = 0.5
+TELL_S = 0.5  # first tokens are gathered before the controller is told
 MAX_TRIES = 2  # of a completion whose controller died: the same request gives the same tokens
 
 
@@ -105,6 +108,8 @@ class Backend:
         self._ending: set[str] = set()  # handles of choices that were given up
         self._aborts: set[asyncio.Task[None]] = set()
         self._limits: ModelLimits | None = None
+        self._first_tokens: list[tuple[float, float]] = []  # when it was asked for, and seconds until it came
+        self._telling: asyncio.Task[None] | None = None
 
     @property
     def num_open(self) -> int:
@@ -130,6 +135,20 @@ class Backend:
         if request.stream is not None:
             self._polls.follow(choice)
         self._running[choice.stream_id] = asyncio.create_task(self._complete(request, choice))
+
+    def note_first_token(self, ttft_s: float) -> None:
+        """A stream has begun so long after it was asked for; the controller is told, with others."""
+        self._first_tokens.append((time.monotonic() - ttft_s, ttft_s))
+        if self._telling is None or self._telling.done():
+            self._telling = asyncio.create_task(self._tell())
+
+    async def _tell(self) -> None:
+        await asyncio.sleep(TELL_S)
+        some, self._first_tokens = self._first_tokens, []
+        now = time.monotonic()
+        seen = [FirstToken(ttft_s=ttft_s, age_s=now - sent_at) for sent_at, ttft_s in some]
+        with contextlib.suppress(LongrollError):  # another controller learns anew
+            await self.call("note_first_tokens", seen)
 
     def end(self, choice: Choice) -> None:
         """Whoever asked has what it wants, or wants no more: what is still generated is aborted."""
@@ -165,6 +184,8 @@ class Backend:
         for handle_id in list(self._running):
             self._abort(handle_id)
         self._polls.close()
+        if self._telling is not None:
+            self._telling.cancel()
 
     async def _complete(self, request: RolloutRequest, choice: Choice) -> None:
         handle_id = choice.stream_id

@@ -21,7 +21,7 @@ from rollout.gateway.formats import DONE, Format, Fragment, Scored, Usage
 from rollout.gateway.sampling import REWARD, group_id_of
 from rollout.gateway.text import OutputText
 from rollout.streaming import TokenStream
-from rollout.types import FinishReason, Prompt, RolloutRequest, SamplingParams, Status
+from rollout.types import FinishReason, Prompt, RolloutRequest, SamplingParams, Status, Ticket
 
 LATE_LOGPROBS_S = 10.0  # after a completion has ended; they come by another way than its end
 
@@ -103,6 +103,7 @@ class Completion:
         self._priority, self._max_wait_s = priority, max_wait_s
         self._changed = asyncio.Event()
         self._decode = partial(tokenizer.decode, skip_special_tokens=wanted.skip_special_tokens)
+        self._ticket = Ticket(ticket_id=uuid.uuid4().hex, num_choices=len(wanted.prompts) * wanted.num_choices)
         self._runs: list[_Run] = []
         self._num_cached = 0
         self.first_token_at: float | None = None
@@ -110,7 +111,7 @@ class Completion:
     def begin(self) -> None:
         """Ask the service for every choice. Raises QueueFull if there are too many under way."""
         wanted = self._wanted
-        self._backend.check_room(len(wanted.prompts) * wanted.num_choices)
+        self._backend.check_room(self._ticket.num_choices)
         for prompt in range(len(wanted.prompts)):
             for sample in range(wanted.num_choices):
                 self._begin_choice(prompt, sample)
@@ -141,7 +142,8 @@ class Completion:
             reward=REWARD,
             priority=self._priority,
             stream=stream if is_followed else None,
-            max_wait_s=self._max_wait_s if index == 0 else None,  # who is let in is let in whole
+            max_wait_s=self._max_wait_s,
+            ticket=self._ticket,
             is_interactive=True,
         )
         text = OutputText(self._decode, wanted.stops, token_ids)

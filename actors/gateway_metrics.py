@@ -20,6 +20,8 @@ GAUGES = {
     "num_running": "Trajectories that are generated",
     "tokens_per_s": "Tokens generated in a second, over the last few",
     "num_clients": "Clients with unfinished work",
+    "num_interactive": "Users' completions under way",
+    "admission_bound": "Users' completions that may be under way at once, so that they keep their targets",
     "num_groups_wanted": "Expert-parallel groups that there shall be",
 }
 COUNTERS = {
@@ -42,6 +44,7 @@ COUNTERS = {
 BY_REASON = {
     "num_failed": "Trajectories that failed, by reason",
     "num_group_deaths": "Expert-parallel groups that died, by reason",
+    "num_refused": "Users' requests that were refused, by reason",
 }
 SHARD_GAUGES = {
     "version": "Weight version of a shard",

@@ -200,6 +200,7 @@ class OpenAiRoutes:
         events = completion.events()
         try:
             first = await anext(events)  # its status line tells whether it was admitted
+            parts.backend.note_first_token(time.monotonic() - began)
         except BaseException:
             completion.end()
             raise

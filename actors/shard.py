@@ -28,7 +28,7 @@ from actors.vllm_plugin.routing import routing_args
 from actors.vllm_plugin.steps import Step
 from rollout.config import EngineConfig, InFlight, ModelConfig, SyncConfig
 from rollout.errors import EngineDead, LongrollError, SyncRefused
-from rollout.fleet import Rendezvous, ShardInfo, ShardStats
+from rollout.fleet import Pace, Rendezvous, ShardInfo, ShardStats
 from rollout.gateway.outbox import Outboxes
 from rollout.governor.statistics import SpeculationRecord
 from rollout.routing import RoutingRef
@@ -131,6 +131,7 @@ class Shard:
         Raises:
             EngineDead: The engine died; the chunk must be run elsewhere.
         """
+        from vllm.inputs import tokens_input
         from vllm.v1.engine.exceptions import EngineDeadError
 
         self._num_requests += 1
@@ -139,8 +140,9 @@ class Shard:
         began = time.monotonic()
         run = ChunkRun(chunk, self._outboxes.find(chunk.stream.subscriber) if chunk.stream is not None else None)
         params = sampling_params(chunk, self._stop_token_ids, self._extra_args(chunk, request_id))
+        prompt = tokens_input(list(chunk.token_ids))  # any other form vLLM prepares in a thread of its own, and back
         try:
-            async for output in self._engine.generate({"prompt_token_ids": list(chunk.token_ids)}, params, request_id):
+            async for output in self._engine.generate(prompt, params, request_id):
                 run.add(output)
         except EngineDeadError as error:
             raise EngineDead(f"shard {self._rank}: {error}") from error
@@ -210,10 +212,10 @@ class Shard:
         """End everything that runs here: whoever asked for it is gone."""
         await self.abort(list(self._running))
 
-    async def num_steps(self) -> int:
-        """Steps of the engine that have delivered something; while it is busy it grows, or the engine hangs."""
-        num_steps: int = self._stats.num_steps
-        return num_steps
+    async def pace(self) -> Pace:
+        """What its engine has done; while it is busy its steps grow in number, or the engine hangs."""
+        seen = self._stats
+        return Pace(num_steps=seen.num_steps, num_tokens=seen.num_later_tokens, token_s=seen.later_s)
 
     async def begin(self, attempt: int, version: int, base: int | None) -> None:
         """Prepare every worker for a publication. Raises SyncRefused on a fault, as all of these do."""

@@ -17,6 +17,7 @@ class LastStats:
         self.num_preemptions = 0
         self.num_steps = 0
         self.num_tokens = 0  # sampled
+        self.num_later_tokens, self.later_s = 0, 0.0  # after the first of their request, and since the token before
         self.kv_usage_max = 0.0  # since the weights last changed
 
     def factory(self, vllm_config: VllmConfig, engine_index: int = 0) -> StatLoggerBase:
@@ -42,6 +43,9 @@ class _Recorder(StatLoggerBase):
         if iteration_stats is not None:
             self._target.num_preemptions += iteration_stats.num_preempted_reqs
             self._target.num_tokens += iteration_stats.num_generation_tokens
+            num_first = len(iteration_stats.time_to_first_tokens_iter)
+            self._target.num_later_tokens += iteration_stats.num_generation_tokens - num_first
+            self._target.later_s += sum(iteration_stats.inter_token_latencies_iter)
 
     def log_engine_initialized(self) -> None:
         """Nothing to log."""

@@ -1,6 +1,7 @@
 """Finds engines that hang: busy, and without a step for too long. A process that was stopped looks the same.
 
-Owns when each shard last made progress. What becomes of one that hangs is its caller's business.
+Owns when each shard last made progress, and how long tokens took meanwhile. What becomes of one that hangs is its
+caller's business.
 """
 
 from __future__ import annotations
@@ -11,14 +12,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from actors.receivers import answer
+from rollout.fleet import Pace
 
 
 @dataclass(slots=True)
 class _Seen:
     shard: Any
-    num_steps: int
     at: float
-    question: asyncio.Task[int] | None = None
+    pace: Pace | None = None
+    question: asyncio.Task[Pace] | None = None
 
 
 class ShardWatch:
@@ -31,9 +33,16 @@ class ShardWatch:
     def __init__(self, hang_timeout_s: float) -> None:
         self._timeout_s = hang_timeout_s
         self._seen: dict[int, _Seen] = {}
+        self._num_tokens, self._token_s = 0, 0.0
+
+    def take_tokens(self) -> tuple[float, int]:
+        """Seconds that tokens took together, and how many they were, since the last call; see Pace."""
+        taken = self._token_s, self._num_tokens
+        self._num_tokens, self._token_s = 0, 0.0
+        return taken
 
     def look(self, shards: Mapping[int, Any], busy: set[int], now: float) -> list[int]:
-        """Ask every shard for its steps, and return the ranks that hang.
+        """Ask every shard for its pace, and return the ranks that hang.
 
         Args:
             shards: Live actors by rank.
@@ -46,22 +55,26 @@ class ShardWatch:
             if seen is None or seen.shard is not shard or rank not in busy:
                 if seen is not None and seen.question is not None:
                     seen.question.cancel()
-                seen = self._seen[rank] = _Seen(shard=shard, num_steps=0, at=now)
+                seen = self._seen[rank] = _Seen(shard=shard, at=now)
             if rank not in busy:
                 continue
             self._take_answer(seen, now)
             if now - seen.at > self._timeout_s:
                 hanging.append(rank)
             elif seen.question is None:
-                seen.question = asyncio.ensure_future(answer(shard.num_steps.remote()))
+                seen.question = asyncio.ensure_future(answer(shard.pace.remote()))
         return hanging
 
-    @staticmethod
-    def _take_answer(seen: _Seen, now: float) -> None:
+    def _take_answer(self, seen: _Seen, now: float) -> None:
         if seen.question is None or not seen.question.done():
             return
         question, seen.question = seen.question, None
         if question.cancelled() or question.exception() is not None:
             return  # a shard that is gone is noticed where its chunks are
-        if question.result() != seen.num_steps:
-            seen.num_steps, seen.at = question.result(), now
+        before, seen.pace = seen.pace, question.result()
+        if before is None:
+            seen.at = now if seen.pace.num_steps else seen.at
+        elif seen.pace.num_steps != before.num_steps:
+            seen.at = now
+            self._num_tokens += seen.pace.num_tokens - before.num_tokens
+            self._token_s += seen.pace.token_s - before.token_s

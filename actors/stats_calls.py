@@ -14,9 +14,11 @@ from typing import Any
 from actors.journal_keeper import JournalKeeper
 from actors.publications import Publications
 from actors.receivers import answer
+from rollout.config import SchedulerConfig
 from rollout.errors import EngineDead
 from rollout.fleet import ServiceStats, ShardStats, Supervision
 from rollout.rate import RateWindow
+from rollout.scheduler.admission import Admission
 from rollout.scheduler.ledger import Ledger
 from rollout.scheduler.scheduler import Scheduler
 
@@ -32,7 +34,9 @@ class StatsCalls:
     _drained: set[int]
     _num_groups_wanted: int
     _supervision: Supervision
+    _config: SchedulerConfig
     _scheduler: Scheduler
+    _admission: Admission
     _publications: Publications
     _ledger: Ledger
     _keeper: JournalKeeper
@@ -47,7 +51,8 @@ class StatsCalls:
         raise NotImplementedError
 
     async def stats(self) -> ServiceStats:
-        now, counts = time.monotonic(), self._scheduler.counts
+        now, counts, admission = time.monotonic(), self._scheduler.counts, self._admission
+        num_open_shards = len(self._scheduler.shard_book.open)
         self._rate.sample(now, counts.num_tokens_generated)
         return ServiceStats(
             live_version=self._publications.live_version,
@@ -73,6 +78,9 @@ class StatsCalls:
             num_journal_waits=self._keeper.num_waits,
             num_internal_errors=self._num_internal_errors,
             num_groups_wanted=self._num_groups_wanted,
+            num_interactive=admission.num_open,
+            admission_bound=admission.bound(num_open_shards, self._config.max_running_per_shard),
+            num_refused=dict(admission.num_refused),
             drained_groups=tuple(sorted(self._drained)),
             num_group_deaths=dict(self._deaths),
             supervision=self._supervision,

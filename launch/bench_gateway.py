@@ -39,6 +39,7 @@ from launch.compose import compose, model_directory
 from launch.http_load import Ask, Target, random_asks
 from launch.load_runs import closed_loop
 from launch.load_statistics import quantile
+from launch.serving_target import NO_TARGETS
 from rollout.config import RunConfig
 from rollout.errors import InvalidRequest, LongrollError
 from rollout.gateway.keys import KeyFile, Role
@@ -236,7 +237,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     try:
         options, overrides = split_arguments(Options, arguments)
-        return run(compose(["engine.num_shards=1", "gateway.port=0", *overrides]), options)
+        without_targets = [f"{name}={value}" for name, value in NO_TARGETS.items()]  # nothing is to be refused
+        return run(compose(["engine.num_shards=1", "gateway.port=0", *without_targets, *overrides]), options)
     except LongrollError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1

@@ -105,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     try:
         options, overrides = split_arguments(Options, arguments)
-        with serving(options.url, overrides) as served:
+        with serving(options.url, overrides, has_targets=False) as served:
             record = figures(run_locust(served.target, options))
     except LongrollError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -137,7 +137,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         options, overrides = split_arguments(Options, arguments)
         for lengths in options.lengths:
             parse_lengths(lengths)
-        with serving(options.url, overrides) as served:
+        with serving(options.url, overrides, has_targets=False) as served:
             print(HEADER, flush=True)
             cells, outcomes = asyncio.run(sweep(served.target, options))
     except LongrollError as error:

@@ -14,8 +14,8 @@ launch.device_memory). Four phases, each with requests whose prompts have nothin
 - overload: a Poisson process of `overload` × capacity for `overload_s`. What cannot be served in time must be refused
   with 429 and Retry-After, and what is admitted must be within the targets.
 
-What engines run side by side is bounded by scheduler.max_running_per_shard: without a bound that fits the targets, what
-is admitted in an overload does not wait long, but takes long.
+How many are let in follows from scheduler.admission's targets, which the service learns to keep; it begins to learn in
+the capacity phase. If the targets here are others than the defaults, give the same to the service.
 
 `qps_variation` is the standard deviation over the mean of the requests completed in a window of `window_s`;
 `offered_variation` is what the arrivals varied by themselves.

@@ -16,7 +16,7 @@ import threading
 import time
 import urllib.request
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +26,7 @@ from rollout.errors import InvalidRequest, LongrollError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 KEY_VARIABLE = "LONGROLL_API_KEY"
+NO_TARGETS = {"scheduler.admission.ttft_target_s": "null", "scheduler.admission.tpot_target_s": "null"}
 STOP_TIMEOUT_S = 120.0
 ANSWER_TIMEOUT_S = 30.0
 _KEY = re.compile(r"\blr_[0-9a-f]{12}_[A-Za-z0-9_-]+")
@@ -41,20 +42,21 @@ class Served:
 
 
 @contextmanager
-def serving(url: str | None, overrides: Sequence[str], pid: int = 0) -> Iterator[Served]:
+def serving(url: str | None, overrides: Sequence[str], pid: int = 0, *, has_targets: bool = True) -> Iterator[Served]:
     """The gateway at `url`, or one of the overrides' service, which is stopped afterwards.
 
     Args:
         url: Of a running gateway, whose key is in LONGROLL_API_KEY; None = start one.
         overrides: Of the service that is started, in Hydra's syntax.
         pid: Of the process that started the running one.
+        has_targets: False starts a service that refuses nothing for the sake of targets, as overrides may do as well.
 
     Raises:
         InvalidRequest: A url without a key, or with overrides.
         LongrollError: It does not answer, or does not start.
     """
     if url is None:
-        with _started(overrides) as served:
+        with _started(overrides, {} if has_targets else NO_TARGETS) as served:
             yield served
         return
     if overrides:
@@ -76,10 +78,10 @@ def served_model(url: str, key: str) -> str:
 
 
 @contextmanager
-def _started(overrides: Sequence[str]) -> Iterator[Served]:
+def _started(overrides: Sequence[str], more: Mapping[str, str]) -> Iterator[Served]:
     given = {override.partition("=")[0] for override in overrides}
     with tempfile.TemporaryDirectory(prefix="longroll-serving-") as folder:
-        defaults = {"experiment": "tiny_grpo", "run_dir": folder, "gateway.port": "0"}
+        defaults = {"experiment": "tiny_grpo", "run_dir": folder, "gateway.port": "0", **more}
         arguments = [f"{name}={value}" for name, value in defaults.items() if name not in given]
         process = subprocess.Popen(
             [sys.executable, "-m", "launch.serve", *arguments, *overrides],

@@ -149,8 +149,25 @@ class DispatchConfig:
 
 
 @dataclass(kw_only=True)
+class AdmissionConfig:
+    """What users' completions that are let in shall keep; those that would not are answered 429. See docs/tuning.md."""
+
+    ttft_target_s: float | None = 0.2  # time to first token, from request to stream; None = not looked at
+    tpot_target_s: float | None = 0.05  # time per output token after the first, mean of a request; None = not looked at
+
+    def __post_init__(self) -> None:
+        for name in ("ttft_target_s", "tpot_target_s"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < float("inf"):
+                expected = "seconds > 0, or null for no target"
+                raise InvalidRequest(f"scheduler.admission.{name}", value, expected)
+
+
+@dataclass(kw_only=True)
 class SchedulerConfig(DispatchConfig):
     """Queues of the controller."""
+
+    admission: AdmissionConfig = field(default_factory=AdmissionConfig)  # of users' completions; never of rollouts
 
     max_running_per_shard: int = 64  # chunks in flight on one shard; more only queue inside the engine
     max_staleness: int | None = None  # most versions between a trajectory's first token and its last; None = no bound

@@ -82,6 +82,21 @@ class ShardInfo:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Pace:
+    """Of an engine, counted since its start.
+
+    Attributes:
+        num_steps: That have delivered something.
+        num_tokens: Sampled after the first of their chunk.
+        token_s: Seconds from the token before to each of those, summed.
+    """
+
+    num_steps: int
+    num_tokens: int = 0
+    token_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ShardStats:
     """A shard at one moment. `kv_usage` is a share of the KV cache, `kv_usage_max` its peak since the last sync.
 
@@ -147,6 +162,8 @@ class ServiceStats:
     """The service at one moment; counts are since its controller's start.
 
     `num_failed` (trajectories) and `num_group_deaths` are by reason: rollout.scheduler.records FailureKind, DeathKind.
+    `num_interactive` are users' completions under way, of which `admission_bound` are let in; `num_refused` are users'
+    requests that were not, by reason (rollout.scheduler.admission).
     """
 
     live_version: int
@@ -172,6 +189,9 @@ class ServiceStats:
     num_journal_waits: int = 0
     num_internal_errors: int = 0
     num_groups_wanted: int = 0
+    num_interactive: int = 0
+    admission_bound: int = 0
+    num_refused: dict[str, int] = field(default_factory=dict)
     drained_groups: tuple[int, ...] = ()
     num_group_deaths: dict[str, int] = field(default_factory=dict)
     supervision: Supervision = field(default_factory=Supervision)

@@ -31,6 +31,14 @@ class TokenStream:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class FirstToken:
+    """What a user has seen of a stream: seconds from the request to the first token, and to the time of telling."""
+
+    ttft_s: float
+    age_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TokenDelta:
     """Some tokens of a stream.
 

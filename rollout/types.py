@@ -272,6 +272,19 @@ class Group:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Ticket:
+    """Of a user's request, whose choices are requests of their own here: all of them are let in, or none.
+
+    Attributes:
+        ticket_id: The same for all of them, and for no other's.
+        num_choices: How many they are.
+    """
+
+    ticket_id: str
+    num_choices: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RolloutRequest:
     """What a client submits: prompts, samples for each, sampling, and how they are scored.
 
@@ -287,7 +300,9 @@ class RolloutRequest:
         run_id: Names the run that these groups belong to. Under the same run and group ids a request that is made
             again, after whatever died, gets what is durable and goes on from there; None: never asked again.
         stream: Who follows the tokens of a request for one trajectory; None: nobody.
-        max_wait_s: Refuse the request if it is expected to wait longer than this for an engine; None: it may wait.
+        max_wait_s: Refuse the request if it is expected to wait longer than this for an engine, or if it would be one
+            more than keep the targets (see rollout.scheduler.admission); None: it may wait.
+        ticket: With which other requests it is let in or refused; None: on its own.
         is_interactive: A user waits for it. Its prompts are not remembered: they tell nothing about later visits.
     """
 
@@ -301,6 +316,7 @@ class RolloutRequest:
     run_id: str | None = None
     stream: TokenStream | None = None
     max_wait_s: float | None = None
+    ticket: Ticket | None = None
     is_interactive: bool = False
 
     def __post_init__(self) -> None:

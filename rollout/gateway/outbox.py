@@ -1,8 +1,9 @@
 """Tokens that wait for their subscriber to ask for them, gathered so that few messages carry them.
 
-A message between processes costs far more than what is in it, so all streams of a subscriber share one: it is sent as
-soon as it holds the first token of a stream, and else when its oldest token has waited for `coalesce_s`. Time is passed
-in through a clock. Knows nothing of engines or of how the answer travels.
+A message between processes costs far more than what is in it, so all streams of a subscriber share one, which is sent
+when its oldest token has waited for `coalesce_s`. First tokens are sent as soon as they are there, and alone if no
+other token is due: whoever receives them has nothing else to do before. Time is passed in through a clock. Knows
+nothing of engines or of how the answer travels.
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ class Outbox:
     def __init__(self, patience_s: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._patience_s, self._clock = patience_s, clock
         self._pending: dict[str, list[_Pending]] = {}
+        self._begun: dict[str, None] = {}  # streams whose first token is pending
         self._oldest_at = self._asked_at = clock()
-        self._is_urgent = False
         self._num_polls = 0
         self._changed = asyncio.Event()
 
@@ -70,8 +71,8 @@ class Outbox:
         last.top_logprobs.extend(top_logprobs)
         if prompt_logprobs:
             last.prompt_logprobs = prompt_logprobs
-        if start == 0 and not self._is_urgent:
-            self._is_urgent = True
+        if start == 0:
+            self._begun[stream_id] = None
             self._changed.set()
 
     async def take(self, timeout_s: float, coalesce_s: float) -> tuple[TokenDelta, ...]:
@@ -86,9 +87,11 @@ class Outbox:
         try:
             while True:
                 now = self._clock()
-                due = now if self._is_urgent else self._oldest_at + coalesce_s
+                due = self._oldest_at + coalesce_s
+                if self._begun and now < due:
+                    return self._drain(list(self._begun))
                 if self._pending and due <= now:
-                    return self._drain()
+                    return self._drain([*self._begun, *(name for name in self._pending if name not in self._begun)])
                 if not self._pending and deadline <= now:
                     return ()
                 self._changed.clear()
@@ -101,8 +104,9 @@ class Outbox:
             self._num_polls -= 1
             self._asked_at = self._clock()
 
-    def _drain(self) -> tuple[TokenDelta, ...]:
-        pending, self._pending, self._is_urgent = self._pending, {}, False
+    def _drain(self, stream_ids: Sequence[str]) -> tuple[TokenDelta, ...]:
+        """All that is pending of these streams, those that have begun among them."""
+        self._begun.clear()
         return tuple(
             TokenDelta(
                 stream_id=stream_id,
@@ -112,8 +116,8 @@ class Outbox:
                 top_logprobs=tuple(some.top_logprobs),
                 prompt_logprobs=some.prompt_logprobs,
             )
-            for stream_id, of_stream in pending.items()
-            for some in of_stream
+            for stream_id in stream_ids
+            for some in self._pending.pop(stream_id)
         )
 
 

@@ -13,7 +13,7 @@ import torch
 
 from actors.service import served_plans
 from rollout.errors import EngineDead
-from rollout.fleet import Rendezvous, ShardInfo, ShardStats
+from rollout.fleet import Pace, Rendezvous, ShardInfo, ShardStats
 from rollout.rewards import Score
 from rollout.sync import segments
 from rollout.sync.participant import Participant
@@ -156,10 +156,10 @@ class FakeShard:
             num_preemptions=0,
         )
 
-    async def num_steps(self):
+    async def pace(self):
         """Its engine goes on, whatever it holds."""
         self.num_asked += 1
-        return self.num_asked
+        return Pace(num_steps=self.num_asked)
 
     async def set_peers(self, shards):
         self.num_peers = len(shards)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from rollout.errors import QueueFull, UnknownHandle
 from rollout.fleet import ServiceStats, ShardStats
 from rollout.gateway.outbox import Outboxes
+from rollout.streaming import FirstToken
 from rollout.types import FinishReason, ModelLimits, RolloutRequest, Status, Trajectory
 
 STEP_TOKENS = 3
@@ -59,6 +60,7 @@ class FakeController:
     shard: FakeShard = field(default_factory=FakeShard)
     requests: list[RolloutRequest] = field(default_factory=list)
     aborted: dict[str, asyncio.Event] = field(default_factory=dict)
+    first_tokens: list[FirstToken] = field(default_factory=list)
     error: Exception | None = None
 
     async def limits(self):
@@ -66,6 +68,9 @@ class FakeController:
 
     async def live_version(self):
         return 7
+
+    async def note_first_tokens(self, seen):
+        self.first_tokens += seen
 
     async def live_shards(self):
         return {0: Remote(self.shard)}

@@ -187,6 +187,33 @@ def test_keys_and_roles(make):
     run(work())
 
 
+def test_choices_of_a_request_are_let_in_together(make):
+    async def work():
+        client = make(max_wait_s=0.3)
+        await client.post("/v1/completions", {"prompt": ["a", "b"], "n": 2, "max_tokens": 8})
+        await client.post("/v1/completions", {"prompt": "a", "max_tokens": 8})
+        *many, one = client.controller.requests
+        assert len(many) == 4 and len({request.ticket for request in many}) == 1
+        assert (many[0].ticket.num_choices, one.ticket.num_choices) == (4, 1) and many[0].ticket != one.ticket
+        assert {request.max_wait_s for request in [*many, one]} == {0.3}
+
+    run(work())
+
+
+def test_the_controller_is_told_when_streams_began(make):
+    async def work():
+        client = make()
+        body = {"prompt": "a", "max_tokens": 8}
+        await client.post("/v1/completions", body)
+        await asyncio.gather(*(client.post("/v1/completions", body | {"stream": True}) for _ in range(3)))
+        while not client.controller.first_tokens:
+            await asyncio.sleep(0.05)
+        assert len(client.controller.first_tokens) == 3, "nobody sees the first token of what is not streamed"
+        assert all(0 < one.ttft_s <= one.age_s for one in client.controller.first_tokens)
+
+    run(work())
+
+
 def test_overload_tells_when_to_come_back(make):
     async def work():
         client = make()

@@ -103,7 +103,12 @@ def test_a_first_token_goes_at_once_and_others_wait_for_company():
         waiting = asyncio.ensure_future(box.take(10.0, 0.04))
         put(box, "a", 3, 1)
         put(box, "c", 0, 2)
-        assert {one.stream_id for one in await waiting} == {"a", "c"}, "all go with a first token"
+        put(box, "d", 0, 3)
+        assert [one.stream_id for one in await waiting] == ["c", "d"], "first tokens go alone"
+        clock.now = 0.1
+        put(box, "e", 0, 4)
+        put(box, "c", 1, 5)
+        assert [one.stream_id for one in await box.take(10.0, 0.04)] == ["e", "a", "c"], "all go when some are due"
         clock.now = 20.0
         waiting = asyncio.ensure_future(box.take(0.0, 0.04))
         assert await waiting == ()
