@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from rollout.config import AdmissionConfig
@@ -34,6 +34,7 @@ GROWTH, FALL = 1.5, 0.5  # most in one tick
 FALLEN = 0.9  # of the bound before; what falls by less is an adjustment
 RELIEF = 2.0
 MIN_ROUND, MAX_ROUND = 4, 32  # first tokens between two steps up: one of each slot, within these
+PROBE_ROUNDS = 4  # before one more is let in though the tail is near the target: it may be so whatever else runs
 DRAIN_TICKS = 30  # that a bound waits at most for what was let in before it fell
 MIN_TOKENS = 32  # before a time per token is believed
 HEADROOM, MIN_HEADROOM, MAX_HEADROOM = 0.9, 0.6, 0.95  # of the target per token, on average over what runs
@@ -41,6 +42,8 @@ HEADROOM_STEP = 0.04  # down for a request that missed its target, and up for so
 MAX_STEPS = 4  # down in a tick, as what misses together misses for one reason
 SPARE = 1.1  # of the headroom over the time per token: one more is let in, though in proportion it would not be
 ALONE = 1.5  # completions on a shard, at most, to be nearly alone there
+ALONE_SEEN = 8  # of those, that are remembered
+OUTDATED = 0.7  # of what was seen alone: requests that are not take less, so that it is no longer true
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,18 +77,25 @@ class _Tick:
 
 @dataclass(slots=True)
 class _Goal:
-    """A target, and what a request takes that is nearly alone."""
+    """A target, and what it comes to. Owned by the limit."""
 
     target_s: float
-    alone_s: float = 0.0
+    aim_s: float = 0.0
+    alone: deque[float] = field(default_factory=lambda: deque(maxlen=ALONE_SEEN))
 
-    @property
-    def aim_s(self) -> float:
-        return max(self.target_s, RELIEF * self.alone_s)
+    def __post_init__(self) -> None:
+        self.aim_s = self.target_s
 
     def note(self, seen_s: float, *, is_alone: bool) -> None:
-        if seen_s < self.alone_s or (is_alone and seen_s > self.target_s):
-            self.alone_s = seen_s
+        """Requests that were nearly alone, or were not, took so long."""
+        if is_alone:
+            self.alone.append(seen_s)
+            if len(self.alone) >= MIN_ROUND:
+                usual_s = _quantile(self.alone, 0.5)
+                self.aim_s = RELIEF * usual_s if usual_s > self.target_s else self.target_s
+        elif RELIEF * seen_s < OUTDATED * self.aim_s:
+            self.alone.clear()
+            self.aim_s = self.target_s
 
 
 class ConcurrencyLimit:
@@ -102,7 +112,7 @@ class ConcurrencyLimit:
         self._bound = math.inf  # of one shard
         self._ticks: deque[_Tick] = deque(maxlen=WINDOW_TICKS)
         self._tick = _Tick()
-        self._round: list[float] = []  # times to first token since the bound last changed by much
+        self._round: deque[float] = deque(maxlen=PROBE_ROUNDS * MAX_ROUND)  # first tokens since it grew
         self._num_ticks = 0  # since it last grew
         self._drains_for = 0  # ticks, at most: more than the bound is still under way from before it fell
         self._lowered_at = -math.inf
@@ -159,7 +169,9 @@ class ConcurrencyLimit:
                 self._lowered_at, self._drains_for = now, DRAIN_TICKS
                 self._forget()
             self._bound = lower
-        elif not self._drains_for and done.peak >= min(self._bound - 1, 0.9 * self._bound):
+        elif done.peak < min(self._bound - 1, 0.9 * self._bound):
+            self._round.clear()
+        elif not self._drains_for:
             self._raise(load, by_token)
 
     def _forget(self) -> None:
@@ -173,8 +185,10 @@ class ConcurrencyLimit:
         if goal is None or not seen:
             return math.inf
         tail_s, peak = _quantile(seen, TAIL), max(tick.peak for tick in ticks)
-        if len(seen) >= MIN_ROUND or peak <= ALONE:
-            goal.note(tail_s, is_alone=peak <= ALONE)
+        if peak > ALONE and len(seen) >= MIN_ROUND:
+            goal.note(tail_s, is_alone=False)
+        for value, _ in ticks[-1].first if peak <= ALONE else ():
+            goal.note(value, is_alone=True)
         missed_at = [sent_at for tick in ticks for value, sent_at in tick.first if value > goal.aim_s]
         if len(missed_at) < max(2, MISSES * len(seen)) or max(missed_at) - min(missed_at) < PAUSE_S:
             return math.inf
@@ -198,13 +212,11 @@ class ConcurrencyLimit:
             return
         growth = GROWTH
         if self._first is not None and self._round:
-            if len(self._round) < min(MAX_ROUND, max(MIN_ROUND, self._bound * load.num_shards)):
+            num_wanted = min(MAX_ROUND, max(MIN_ROUND, self._bound * load.num_shards))
+            tail_s, room_s = _quantile(self._round, TAIL), ROOM * self._first.aim_s
+            if len(self._round) < num_wanted * (1 if tail_s <= room_s else PROBE_ROUNDS) or tail_s > self._first.aim_s:
                 return
-            tail_s = _quantile(self._round, TAIL)
-            if tail_s > ROOM * self._first.aim_s:
-                del self._round[: len(self._round) // 2]
-                return
-            growth = 1 + (GROWTH - 1) * (1 - tail_s / (ROOM * self._first.aim_s))
+            growth = 1 + (GROWTH - 1) * max(0.0, 1 - tail_s / room_s)
         step = max(self._bound * (growth - 1), 1 / load.num_shards)
         room = (by_token - self._bound) * min(1.0, self._num_ticks / (2 * TOKEN_TICKS))
         if room > 0 and self._bound < load.slots:
@@ -213,6 +225,6 @@ class ConcurrencyLimit:
             self._num_ticks = 0
 
 
-def _quantile(values: Sequence[float], share: float) -> float:
+def _quantile(values: Collection[float], share: float) -> float:
     """Smallest value that at least this share of them do not exceed."""
     return sorted(values)[max(0, math.ceil(share * len(values)) - 1)]
