@@ -127,7 +127,16 @@ class Divided:
         return (1.0 if is_known and remaining > LONG * job.max_tokens else 3.0, -remaining)
 
     def chunk_tokens(self, job: Job) -> int:
-        return min(job.remaining_tokens, self._chunk_tokens or job.remaining_tokens)
+        """Tokens of its next chunk, which ends one token into a block of KV.
+
+        The last token that is sampled has no KV yet, so all that there is lies in whole blocks, which a continuation
+        finds; from any other end it computes the last block again.
+        """
+        chunk, left = self._chunk_tokens, job.remaining_tokens
+        if chunk is None or chunk >= left:
+            return left
+        aligned = chunk - (job.context_tokens + chunk - 1) % self._book.block_tokens
+        return aligned if 2 * aligned >= chunk else chunk
 
     def place(self, job: Job, *, is_queue_empty: bool) -> tuple[int, int] | None:
         emptiest = self._book.emptiest()

@@ -59,6 +59,7 @@ class ShardBook:
         self._groups: dict[int, list[int]] = {}
         self._heap: list[tuple[int, int, int, int]] = []
         self.num_running = 0
+        self.block_tokens = 1
         for rank, capacity in sorted(shards.items()):
             self.put_up(rank, capacity)
 
@@ -85,6 +86,7 @@ class ShardBook:
     def put_up(self, rank: int, capacity: ShardCapacity) -> None:
         """A shard serves, with nothing on it."""
         before = self._loads.get(rank)
+        self.block_tokens = max(self.block_tokens, capacity.block_tokens)
         if before is None:
             self._groups.setdefault(capacity.group, []).append(rank)
         self._loads[rank] = ShardLoad(capacity=capacity, stamp=before.stamp + 1 if before else 0)

@@ -276,6 +276,22 @@ def test_a_continuation_returns_home_and_comes_before_what_has_not_begun():
     assert dispatcher.counts.num_migrations == 0
 
 
+@given(prompt=st.integers(1, 40), chunk=st.integers(1, 40))
+def test_a_chunk_ends_one_token_into_a_block_where_half_of_it_is_left(prompt, chunk):
+    """What a continuation computes again is then its last token alone: the others' KV lies in whole blocks."""
+    dispatcher = a_dispatcher(num_shards=1, chunk=chunk, slots=1)
+    dispatcher.add(a_job("j", prompt=prompt, most=200), 0.0)
+    tokens = 0
+    while tokens < 200:
+        [one] = dispatcher.next_assignments(0.0)
+        tokens += one.budget_tokens
+        assert one.budget_tokens <= chunk
+        if tokens < 200 and (prompt + tokens) % BLOCK != 1:
+            assert one.budget_tokens == chunk < 2 * BLOCK
+        dispatcher.on_chunk("j", one.budget_tokens, tokens == 200, 0.0)
+    assert dispatcher.counts.num_trimmed == 0
+
+
 def visited(dispatcher, group, length, most):
     """The prompt of a group has been seen, and this long."""
     dispatcher.remember(f"prompt of {group}", length)
