@@ -100,7 +100,7 @@ class Divided:
     """See the module.
 
     Args:
-        chunk_tokens: Most tokens of a chunk; None does not cut.
+        chunk_tokens: Tokens of a chunk, see `chunk_tokens`; None does not cut.
         book, predictor, costs, jobs: What it reads.
     """
 
@@ -127,16 +127,17 @@ class Divided:
         return (1.0 if is_known and remaining > LONG * job.max_tokens else 3.0, -remaining)
 
     def chunk_tokens(self, job: Job) -> int:
-        """Tokens of its next chunk, which ends one token into a block of KV.
+        """Tokens of its next chunk: up to a block of KV more than configured, so that it ends one token into a block.
 
         The last token that is sampled has no KV yet, so all that there is lies in whole blocks, which a continuation
         finds; from any other end it computes the last block again.
         """
-        chunk, left = self._chunk_tokens, job.remaining_tokens
+        chunk, left, block = self._chunk_tokens, job.remaining_tokens, self._book.block_tokens
         if chunk is None or chunk >= left:
             return left
-        aligned = chunk - (job.context_tokens + chunk - 1) % self._book.block_tokens
-        return aligned if 2 * aligned >= chunk else chunk
+        if 2 * block > chunk:
+            return chunk
+        return min(left, whole_blocks(job.context_tokens + chunk - 1, block) + 1 - job.context_tokens)
 
     def place(self, job: Job, *, is_queue_empty: bool) -> tuple[int, int] | None:
         emptiest = self._book.emptiest()

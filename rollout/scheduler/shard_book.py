@@ -11,6 +11,10 @@ from dataclasses import dataclass, field
 
 from rollout.scheduler.jobs import Job, ShardCapacity
 
+KEPT = 0.2
+"""Of a shard's slots, at most, that nobody takes while they are kept; one at least. Chunks that began together come back
+together, and an engine that then waited for all their writes would stand still."""
+
 
 @dataclass(slots=True, kw_only=True)
 class ShardLoad:
@@ -43,7 +47,8 @@ class ShardLoad:
 
     @property
     def has_slot(self) -> bool:
-        num_taken = len(self.running) + len(self.kept)
+        num_kept = min(len(self.kept), max(1, int(KEPT * self.capacity.max_running)))
+        num_taken = len(self.running) + num_kept
         return self.is_live and not self.is_draining and num_taken < self.capacity.max_running
 
 
