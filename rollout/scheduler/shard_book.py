@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from rollout.scheduler.jobs import Job, ShardCapacity
 
 KEPT = 0.2
-"""Of a shard's slots, at most, that nobody takes while they are kept; one at least. Chunks that began together come back
-together, and an engine that then waited for all their writes would stand still."""
+"""Of a shard's slots, at most, that nobody takes while they are kept; one at least. Chunks that began together come
+back together, and an engine that then waited for all their writes would stand still."""
 
 
 @dataclass(slots=True, kw_only=True)
