@@ -154,8 +154,11 @@ class DirectShard(Shard):
             stream=TokenStream(subscriber="direct", stream_id=request_id),
         )
         params = sampling_params(chunk, self._stop_token_ids, self._extra_args(chunk, request_id))
+        from vllm.inputs import tokens_input
+
+        prompt = tokens_input(list(ask.prompt_token_ids))  # as the shard gives its prompts
         began, first_s, num_tokens = time.perf_counter(), 0.0, 0
-        async for output in self._engine.generate({"prompt_token_ids": list(ask.prompt_token_ids)}, params, request_id):
+        async for output in self._engine.generate(prompt, params, request_id):
             first_s = first_s or time.perf_counter() - began
             num_tokens += len(output.outputs[0].token_ids)
         return first_s, num_tokens
