@@ -143,6 +143,8 @@ class DirectShard(Shard):
         return Round(tokens_per_s=num_tokens / (time.perf_counter() - began), ttft_ms=1e3 * quantile(firsts, 0.5))
 
     async def _one(self, request_id: str, ask: Ask) -> tuple[float, int]:
+        from vllm.inputs import tokens_input
+
         sampling = SamplingParams(max_tokens=ask.max_tokens, ignore_eos=True)
         chunk = Chunk(
             trajectory_id=request_id,
@@ -154,8 +156,6 @@ class DirectShard(Shard):
             stream=TokenStream(subscriber="direct", stream_id=request_id),
         )
         params = sampling_params(chunk, self._stop_token_ids, self._extra_args(chunk, request_id))
-        from vllm.inputs import tokens_input
-
         prompt = tokens_input(list(ask.prompt_token_ids))  # as the shard gives its prompts
         began, first_s, num_tokens = time.perf_counter(), 0.0, 0
         async for output in self._engine.generate(prompt, params, request_id):
