@@ -14,8 +14,9 @@ they share nothing, not even experts. All other ways use the service's shards:
   everything at once (plain); and through vllm. `uniform_ratio` is divided's throughput over plain's: what journal and
   cuts cost; `uniform_over_vllm` over vllm's: what expert parallelism costs as well.
 
-By default the service's shards share nothing either, so that the makespans differ by scheduling alone;
-engine.num_shards=2 engine.num_groups=1 makes them an expert-parallel pair.
+By default the service's shards share nothing either; engine.num_shards=2 engine.num_groups=1 makes them an
+expert-parallel pair. So makespan_speedup comes from scheduling and from what `uniform_over_vllm` shows, and nothing
+else; speedup_over_static, on the same engines, from scheduling alone.
 
 Each figure is the median of the repeats' ratios. All ways must give the same tokens; differences at near ties are
 counted and shown. The parameters of the lengths (p80_share, sigma, rho, …) are those of rollout.simulate.lengths. The
