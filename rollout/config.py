@@ -139,7 +139,7 @@ class DispatchConfig:
     policy: str = "divided"
     # Policy divided: a trajectory is cut after so many tokens, made durable, and scheduled again; what a crash loses
     # is at most one chunk of each trajectory that was running. None = not cut.
-    chunk_tokens: int | None = 2048
+    chunk_tokens: int | None = 2048  # up to a block of KV more, so that a continuation finds its whole prefix
 
     def __post_init__(self) -> None:
         if self.policy not in ("static", "partial", "divided"):

@@ -29,7 +29,6 @@ constexpr int kMaxGroup = 128;
 // Tile registers, which instructions name by literals: 0 to 3 sums of 16 outputs each, 4 rows of x, 5 weights.
 constexpr int kTiles = 6;
 
-
 struct Matrix {
   const uint8_t* packed;
   const uint16_t* scales;
