@@ -15,7 +15,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch.nn.functional import linear
 from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, UnquantizedLinearMethod
@@ -36,6 +35,7 @@ from actors.vllm_plugin import QUANTIZATIONS
 from actors.vllm_plugin.moe import experts_method
 from actors.vllm_plugin.options import PluginOptions
 from actors.vllm_plugin.slots import Int4Store, Slot, is_int4, plain_slots, stored_slot
+from kernels.dense import dense_linear
 from kernels.int4 import dequantise, int4_linear
 from rollout.config import Int4Config
 from rollout.errors import InvalidRequest
@@ -152,7 +152,7 @@ class PlainLinearMethod(UnquantizedLinearMethod):
         """Nothing: on CPU vLLM would move the weight into a form that cannot be overwritten."""
 
     def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        return super().apply(layer, x, bias) if x.is_cuda else linear(x, layer.weight, bias)
+        return super().apply(layer, x, bias) if x.is_cuda else dense_linear(x, layer.weight, bias)
 
     def slots(self, layer: torch.nn.Module) -> Iterator[Slot]:
         yield from plain_slots(_names(layer, "weight"), layer.weight, layer.output_partition_sizes)
@@ -213,7 +213,7 @@ class PlainEmbeddingMethod(UnquantizedEmbeddingMethod):
         """Nothing: on CPU vLLM would copy the weight into a form that cannot be overwritten."""
 
     def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        return super().apply(layer, x, bias) if x.is_cuda else linear(x, layer.weight, bias)
+        return super().apply(layer, x, bias) if x.is_cuda else dense_linear(x, layer.weight, bias)
 
     def tie_weights(self, layer: torch.nn.Module, embed_tokens: torch.nn.Module) -> torch.nn.Module:
         return _tie(embed_tokens)

@@ -26,6 +26,7 @@ constexpr int kTileRows = 16;              // rows of x, or pairs of input featu
 constexpr int kTileInputs = 32;            // input features of a tile
 constexpr int kTileBytes = 16 * 64;
 constexpr int kMaxGroup = 128;
+constexpr int kAhead = 4096;               // bytes of weights asked for before they are used
 // Tile registers, which instructions name by literals: 0 to 3 sums of 16 outputs each, 4 rows of x, 5 weights.
 constexpr int kTiles = 6;
 
@@ -134,6 +135,9 @@ void multiply_group(const uint16_t* x, int64_t stride, const uint8_t* tiles, int
   if constexpr (Vectors > 3) _tile_stored(3, sums + 3 * kLanes, kStride);
 }
 
+// Ask for a line of memory: the CPU's own foresight ends at the page, which is soon over here.
+void prefetch(const void* address) { _mm_prefetch(static_cast<const char*>(address), _MM_HINT_T0); }
+
 // `rows` rows of x, as many as the tiles are configured for, against one block of outputs.
 template <class Block>
 void rows_times_block(const uint16_t* x, int rows, const uint8_t* packed, const uint16_t* scales, const Matrix& w,
@@ -146,8 +150,10 @@ void rows_times_block(const uint16_t* x, int rows, const uint8_t* packed, const 
   alignas(64) float sums[kTileRows * kVectors * kLanes];
   alignas(64) float totals[kTileRows * kVectors * kLanes] = {};
   for (int64_t first = 0; first < w.inputs; first += w.group, scales += 2 * w.outputs) {
+    for (int v = 0; v < kVectors; ++v) prefetch(scales + 2 * (w.outputs + kLanes * v));
     for (int64_t k = 0; k < w.group; k += 2, packed += 2 * kBytes) {
       __m512i words[kVectors];
+      prefetch(packed + kAhead);
       block.codes(packed, words);
       uint8_t* target = tiles + k / kTileInputs * kVectors * kTileBytes + k % kTileInputs / 2 * 64;
       for (int v = 0; v < kVectors; ++v)

@@ -1,30 +1,15 @@
-"""Compiles and calls ``grouped.cpp``, the INT4 products of a CPU with AMX.
-
-Owns the compiled library: one for each process, built in a second at the first call and kept by nothing
-else, so that it fits the CPU and the source. Where it cannot be built or run, ``grouped_products`` says so
-by returning None and torch's own kernel, which reads the same form, serves.
-"""
+"""Calls ``grouped.cpp``, the INT4 products of a CPU with AMX."""
 
 import ctypes
 import functools
-import logging
-import os
-import shutil
-import subprocess
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
-log = logging.getLogger(__name__)
+from kernels.native import amx_library
 
 Products = Callable[[torch.Tensor, Sequence[int], torch.Tensor, torch.Tensor, int], torch.Tensor]
-
-_SOURCE = Path(__file__).with_name("grouped.cpp")
-_INSTRUCTIONS = ("avx512f", "avx512bw", "avx512vl", "avx512vbmi", "avx512bf16", "fma", "amx-tile", "amx-bf16")
-_FLAGS = ("-std=c++17", "-O3", "-fPIC", *(f"-m{name}" for name in _INSTRUCTIONS))
-_COMPILE_TIMEOUT_S = 120
 
 
 @functools.cache
@@ -39,17 +24,8 @@ def grouped_products() -> Products | None:
     Returns:
         The function, or None on a CPU without AMX or a machine without a compiler that knows it.
     """
-    if torch.backends.cpu.get_cpu_capability() != "AVX512" or not torch.cpu._init_amx():
-        return None
-    try:
-        library = _compiled()
-    except (OSError, subprocess.SubprocessError) as error:
-        stderr = getattr(error, "stderr", None) or ""
-        log.warning(
-            "INT4 products run on torch's slower kernel: %s does not build: %s %s", _SOURCE, error, stderr[-500:]
-        )
-        return None
-    if not library.is_supported():
+    library = amx_library(Path(__file__).with_name("grouped.cpp"))
+    if library is None:
         return None
     call = library.grouped_int4
     pointer, number = ctypes.c_void_p, ctypes.c_int64
@@ -76,23 +52,3 @@ def grouped_products() -> Products | None:
         return y
 
     return products
-
-
-def _compiled() -> ctypes.CDLL:
-    """Build the library in a folder of its own, load it, and remove the folder.
-
-    Linked without OpenMP's runtime: its symbols are found in the one torch has loaded, whose threads are
-    then the ones that are counted and bound.
-
-    Raises:
-        OSError: No compiler, or the library does not load.
-        subprocess.SubprocessError: The compiler fails or takes too long; ``stderr`` has its words.
-    """
-    compiler = next((name for name in (os.environ.get("CXX"), "c++", "g++") if name and shutil.which(name)), None)
-    if compiler is None:
-        raise FileNotFoundError("no C++ compiler: set CXX, or install g++")
-    with tempfile.TemporaryDirectory(prefix="longroll-") as folder:
-        made, library = f"{folder}/grouped.o", f"{folder}/grouped.so"
-        for command in ((*_FLAGS, "-fopenmp", "-c", str(_SOURCE), "-o", made), ("-shared", made, "-o", library)):
-            subprocess.run([compiler, *command], check=True, capture_output=True, text=True, timeout=_COMPILE_TIMEOUT_S)
-        return ctypes.CDLL(library)

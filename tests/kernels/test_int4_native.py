@@ -2,9 +2,6 @@
 
 import logging
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 
 import pytest
@@ -12,30 +9,32 @@ import torch
 
 from kernels.int4 import int4_linear, kernel_form
 from kernels.int4.native import grouped_products
+from kernels.native import amx_library
 from tests.kernels.int4_cases import UNIT, assert_within, linear_bound, random_packed
-
-HAS_AMX = torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.cpu._init_amx()
-needs_amx = pytest.mark.skipif(not HAS_AMX, reason="this CPU has no AMX")
+from tests.kernels.native_cases import digests_on_threads, needs_amx
 
 ON_THREADS = """
-import hashlib, sys, torch
+import sys, torch
 from kernels.int4.native import grouped_products
 from tests.kernels.int4_cases import random_packed
+from tests.kernels.native_cases import digest
 from kernels.int4 import kernel_form
 torch.set_num_threads(int(sys.argv[1]))
 form = kernel_form(*random_packed(5, 208, 256, group_size=64))
 x = torch.randn(61, 256, generator=torch.Generator().manual_seed(0)).bfloat16()
 y = grouped_products()(x, [0, 0, 17, 18, 50, 61], *form, 64)
-print(hashlib.sha256(y.view(torch.int16).numpy().tobytes()).hexdigest())
+print(digest(y))
 """
 
 
 @pytest.fixture
 def forgotten() -> Iterator[None]:
     """The library is built anew within the test and after it."""
-    grouped_products.cache_clear()
+    for cached in (amx_library, grouped_products):
+        cached.cache_clear()
     yield
-    grouped_products.cache_clear()
+    for cached in (amx_library, grouped_products):
+        cached.cache_clear()
 
 
 @needs_amx
@@ -45,12 +44,7 @@ def test_it_is_built_where_it_can_run() -> None:
 
 @needs_amx
 def test_the_number_of_threads_changes_nothing() -> None:
-    digests = set()
-    for threads in (1, 2, 3):
-        command = [sys.executable, "-c", ON_THREADS, str(threads)]
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-        digests.add(subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout)
-    assert len(digests) == 1
+    assert len(digests_on_threads(ON_THREADS)) == 1
 
 
 @needs_amx
@@ -72,11 +66,11 @@ def test_without_a_compiler_torch_serves(
 ) -> None:
     monkeypatch.setenv("CXX", compiler)
     if compiler == "no-such-compiler":
-        monkeypatch.setattr("kernels.int4.native.shutil.which", lambda name: None)
+        monkeypatch.setattr("kernels.native.shutil.which", lambda name: None)
     with caplog.at_level(logging.WARNING):
         assert grouped_products() is None
         assert grouped_products() is None
-    assert caplog.text.count("torch's slower kernel") == 1
+    assert caplog.text.count("torch's slower kernels") == 1
     weight = random_packed(80, 64, group_size=32)
     x = torch.randn(3, 64, generator=torch.Generator().manual_seed(2)).bfloat16()
     exact = (x.double(), torch.zeros(x.shape, dtype=torch.float64))

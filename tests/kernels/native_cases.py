@@ -1,0 +1,27 @@
+"""What the tests of compiled CPU kernels share."""
+
+import hashlib
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+HAS_AMX = torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.cpu._init_amx()
+needs_amx = pytest.mark.skipif(not HAS_AMX, reason="this CPU has no AMX")
+
+
+def digest(y: torch.Tensor) -> str:
+    """Of the bits of a bfloat16 tensor."""
+    return hashlib.sha256(y.view(torch.int16).numpy().tobytes()).hexdigest()
+
+
+def digests_on_threads(program: str) -> set[str]:
+    """What a program prints on one, two and three threads, the number being its first argument."""
+    printed = set()
+    for threads in ("1", "2", "3"):
+        environment = {**os.environ, "OMP_NUM_THREADS": threads}
+        command = [sys.executable, "-c", program, threads]
+        printed.add(subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout)
+    return printed
