@@ -19,7 +19,6 @@ from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Client, Connection, Listener
 from typing import Any
 
-from actors.vllm_plugin.turns import take_long_turns
 from rollout.errors import EngineDead, LongrollError
 
 logger = logging.getLogger(__name__)
@@ -84,7 +83,6 @@ def _lower_priority() -> None:
     if sys.platform == "linux":  # where a thread has a priority of its own
         thread = threading.get_native_id()
         os.setpriority(os.PRIO_PROCESS, thread, os.getpriority(os.PRIO_PROCESS, thread) + NICENESS)
-        take_long_turns()  # or else the forward, which does, would be interrupted by this
 
 
 class ControlLine:

@@ -24,7 +24,6 @@ from actors.vllm_plugin.options import PluginOptions
 from actors.vllm_plugin.routing import RoutingCaptureMixin
 from actors.vllm_plugin.runner import KeyedSamplingMixin
 from actors.vllm_plugin.tree_runner import TreeRunnerMixin
-from actors.vllm_plugin.turns import take_long_turns
 from actors.vllm_plugin.versioned import VersionedRunnerMixin
 from actors.vllm_plugin.weights import WeightDesk, WorkerStore, num_local_experts
 from rollout.speculation.clover_training import TENSOR_PREFIX
@@ -111,11 +110,6 @@ class KeyedCpuWorker(ControlledMixin, CPUWorker):
         runner = TreeCpuRunner if speculates else KeyedCpuRunner
         with _runner_class(cpu_worker, "CPUModelRunner", runner):
             super().init_device()
-
-    def longroll_open(self) -> tuple[str, str]:
-        line = super().longroll_open()
-        take_long_turns()  # this thread, which runs the forward
-        return line
 
 
 class KeyedGpuWorker(ControlledMixin, Worker):
