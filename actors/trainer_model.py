@@ -27,7 +27,7 @@ from rollout.sync.checkpoint_names import checkpoint_files, checkpoint_specs, sp
 from rollout.sync.manifest import torch_dtype
 from rollout.trainer_config import TrainerConfig
 
-NICENESS = 5  # a rank encodes and sends weights while the engines decode
+NICENESS = 10  # a rank encodes and sends weights while the engines decode
 
 
 def share_the_cpu(config: TrainerConfig) -> None:
