@@ -207,7 +207,7 @@ void many_rows(const Product& p, int64_t first, int64_t last) {
 
 extern "C" int is_supported() {
   return __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-         __builtin_cpu_supports("avx512bf16");
+         __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512bf16");
 }
 
 // The process must have been granted AMX tiles. Their configuration is left as it was found.
