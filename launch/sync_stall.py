@@ -36,6 +36,7 @@ class Stall:
 
     Attributes:
         stall_steps: Longest pause of any shard, in median steps of that shard just before.
+        quiet_steps: The same of the second before, without a publication: what the machine does by itself.
         step_ms: Median step of the slowest shard.
         bytes_travelled: Payload bytes.
         bytes_bf16: Of the whole model.
@@ -46,6 +47,7 @@ class Stall:
 
     recompute_kv: bool
     stall_steps: list[float]
+    quiet_steps: list[float]
     step_ms: list[float]
     stage_s: list[float]
     flip_s: list[float]
@@ -95,10 +97,19 @@ def mixed_votes(steps: list[list[Step]]) -> tuple[int, int]:
     return len(compared), sum(len(seen[vote]) > 1 for vote in compared)
 
 
-def one_publication(
-    service: Service, trainers: TrainerGroup, recompute_kv: bool
-) -> tuple[SyncReport, float, float, list[list[Step]]]:
-    """Publish under load. Returns the report, the stall in steps, the step in ms, and all steps seen."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Publication:
+    """One publication under load: its report, the longest pauses during and before it, and every shard's steps."""
+
+    report: SyncReport
+    stall_steps: float
+    quiet_steps: float
+    step_ms: float
+    steps: list[list[Step]]
+
+
+def one_publication(service: Service, trainers: TrainerGroup, recompute_kv: bool) -> Publication:
+    """Publish under load."""
     take_steps(service)
     time.sleep(QUIET_S)
     began = time.monotonic()
@@ -106,7 +117,7 @@ def one_publication(
     ended = time.monotonic()
     time.sleep(QUIET_S)
     steps = take_steps(service)
-    stalls, medians = [], []
+    stalls, before, medians = [], [], []
     for shard in steps:
         gaps = gaps_s(shard, recompute_kv)
         quiet = [length for at, length in gaps if at < began]
@@ -115,7 +126,10 @@ def one_publication(
             raise LongrollError(f"stall: got {len(quiet)} quiet steps and {len(during)} others, expected some of both")
         medians.append(statistics.median(quiet))
         stalls.append(max(during) / medians[-1])
-    return report, max(stalls), 1e3 * max(medians), steps
+        before.append(max(quiet) / medians[-1])
+    return Publication(
+        report=report, stall_steps=max(stalls), quiet_steps=max(before), step_ms=1e3 * max(medians), steps=steps
+    )
 
 
 def stall(config: RunConfig, num_steps: int, *, recompute_kv: bool) -> Stall:
@@ -126,7 +140,7 @@ def stall(config: RunConfig, num_steps: int, *, recompute_kv: bool) -> Stall:
     workload = Workload(config.workload, config.model, config.trainer.seed)
     quiet = copy.deepcopy(config.monitor)
     quiet.wandb_mode, quiet.progress = "disabled", "off"
-    results: list[tuple[SyncReport, float, float, list[list[Step]]]] = []
+    results: list[Publication] = []
     with (
         tempfile.TemporaryDirectory() as directory,
         start_service(config.model, config.engine, config.scheduler, config.sync, config.cluster) as service,
@@ -152,17 +166,20 @@ def stall(config: RunConfig, num_steps: int, *, recompute_kv: bool) -> Stall:
                     _say(results[-1], recompute_kv)
         finally:
             trainers.stop()
-    votes = [mixed_votes(r[3]) for r in results]
+    if load.returned.error is not None:
+        raise LongrollError(f"background generations: {load.returned.error}")
+    votes = [mixed_votes(r.steps) for r in results]
     numel = sum(plan.numel for plan in served_plans(config.model, config.engine).values())
     return Stall(
         recompute_kv=recompute_kv,
-        stall_steps=[r[1] for r in results],
-        step_ms=[r[2] for r in results],
-        stage_s=[r[0].stage_s for r in results],
-        flip_s=[r[0].flip_s for r in results],
-        bytes_travelled=[r[0].num_bytes for r in results],
+        stall_steps=[r.stall_steps for r in results],
+        quiet_steps=[r.quiet_steps for r in results],
+        step_ms=[r.step_ms for r in results],
+        stage_s=[r.report.stage_s for r in results],
+        flip_s=[r.report.flip_s for r in results],
+        bytes_travelled=[r.report.num_bytes for r in results],
         bytes_bf16=numel * BF16_BYTES,
-        bytes_encoded=results[0][0].num_bytes_full,
+        bytes_encoded=results[0].report.num_bytes_full,
         digests_checked=len(results),
         num_votes_compared=sum(compared for compared, _ in votes),
         num_mixed=sum(mixed for _, mixed in votes),
@@ -170,12 +187,13 @@ def stall(config: RunConfig, num_steps: int, *, recompute_kv: bool) -> Stall:
     )
 
 
-def _say(result: tuple[SyncReport, float, float, list[list[Step]]], recompute_kv: bool) -> None:
-    report, stalled, step_ms, _ = result
+def _say(published: Publication, recompute_kv: bool) -> None:
+    report = published.report
     kv = "KV again" if recompute_kv else "KV kept"
     print(
         f"version {report.version:>3}  {kv}  {report.num_bytes / 1e6:>8.3f} MB of {report.num_bytes_full / 1e6:.3f}  "
         f"staged {report.stage_s * 1e3:>6.0f} ms  flip {report.flip_s * 1e3:>5.0f} ms  "
-        f"stall {stalled:>5.2f} steps of {step_ms:.1f} ms",
+        f"stall {published.stall_steps:>5.2f} steps of {published.step_ms:.1f} ms  "
+        f"(before it {published.quiet_steps:.2f})",
         flush=True,
     )
