@@ -1,6 +1,6 @@
-"""A gateway's side of the service: completions under way, and the polls that bring their tokens.
+"""A gateway's side of the service: completions under way, and the lines that bring their tokens.
 
-Owns the open choices, and one poll to each shard while any of them is followed. A completion is one call to the
+Owns the open choices, and a line to each shard once any of them was followed. A completion is one call to the
 controller, which answers at its end. Knows nothing of HTTP or text.
 """
 
@@ -14,6 +14,7 @@ import uuid
 from collections.abc import Callable
 from typing import Any
 
+from actors.token_line import Subscription, follow
 from rollout.async_client import AsyncRolloutClient
 from rollout.errors import LongrollError, QueueFull, ServiceLost
 from rollout.gateway.choices import Choice
@@ -22,15 +23,14 @@ from rollout.streaming import FirstToken
 from rollout.types import ModelLimits, RolloutRequest
 
 logger = logging.getLogger(__name__)
-POLL_S = 10.0
 REFRESH_S = 2.0
 RETRY_S = 0.5
 TELL_S = 0.5  # first tokens are gathered before the controller is told
 MAX_TRIES = 2  # of a completion whose controller died: the same request gives the same tokens
 
 
-class TokenPolls:
-    """The polls of one subscriber.
+class TokenLines:
+    """The lines of one subscriber, to all shards that serve.
 
     Args:
         subscriber: Its name.
@@ -42,13 +42,13 @@ class TokenPolls:
         self._subscriber, self._coalesce_s, self._find_shards = subscriber, coalesce_s, find_shards
         self._followed: dict[str, Choice] = {}
         self._shards: dict[int, Any] = {}
-        self._polls: dict[int, asyncio.Task[None]] = {}
+        self._lines: dict[int, asyncio.Task[None]] = {}
         self._refresher: asyncio.Task[None] | None = None
 
     def follow(self, choice: Choice) -> None:
         """Give a choice its tokens as they come."""
         self._followed[choice.stream_id] = choice
-        self._poll_all()
+        self._open_all()
         if self._refresher is None or self._refresher.done():
             self._refresher = asyncio.create_task(self._refresh())
 
@@ -57,36 +57,43 @@ class TokenPolls:
         self._followed.pop(choice.stream_id, None)
 
     def close(self) -> None:
-        """End all polls."""
-        for task in [*self._polls.values(), *([self._refresher] if self._refresher else [])]:
+        """End all of them."""
+        for task in [*self._lines.values(), *([self._refresher] if self._refresher else [])]:
             task.cancel()
 
-    def _poll_all(self) -> None:
+    def _open_all(self) -> None:
         for rank, shard in self._shards.items():
-            task = self._polls.get(rank)
+            task = self._lines.get(rank)
             if task is None or task.done():
-                self._polls[rank] = asyncio.create_task(self._poll(rank, shard))
+                self._lines[rank] = asyncio.create_task(self._keep(rank, shard))
 
     async def _refresh(self) -> None:
         """Shards come and go while streams are open."""
         while self._followed:
             with contextlib.suppress(LongrollError):
                 self._shards = await self._find_shards()
-            self._poll_all()
+            self._open_all()
             await asyncio.sleep(REFRESH_S)
 
-    async def _poll(self, rank: int, shard: Any) -> None:
-        while self._followed and self._shards.get(rank) == shard:
+    async def _keep(self, rank: int, shard: Any) -> None:
+        """One shard's line, opened again when it breaks, until another shard has its rank or no stream is open."""
+        while self._shards.get(rank) == shard:
             try:
-                deltas = await shard.next_tokens.remote(self._subscriber, POLL_S, self._coalesce_s)
+                await self._read(shard)
             except Exception as error:  # the finished completions come all the same
-                logger.warning("shard %d gave no tokens: %s", rank, client_error(error))
-                await asyncio.sleep(RETRY_S)
-                continue
-            for delta in deltas:
-                choice = self._followed.get(delta.stream_id)
-                if choice is not None:
-                    choice.add(delta)
+                logger.warning("shard %d gave no tokens: %r", rank, client_error(error))
+            if not self._followed:
+                return
+            await asyncio.sleep(RETRY_S)
+
+    async def _read(self, shard: Any) -> None:
+        wanted = Subscription(subscriber=self._subscriber, coalesce_s=self._coalesce_s)
+        async with contextlib.aclosing(follow(await shard.token_address.remote(), wanted)) as tokens:
+            async for deltas in tokens:
+                for delta in deltas:
+                    choice = self._followed.get(delta.stream_id)
+                    if choice is not None:
+                        choice.add(delta)
 
 
 class Backend:
@@ -102,7 +109,7 @@ class Backend:
     def __init__(self, controller: Any, find: Callable[[], Any], coalesce_s: float, max_open_choices: int) -> None:
         self._controller, self._find, self._max_open = controller, find, max_open_choices
         self.client_id = f"gateway-{uuid.uuid4().hex}"
-        self._polls = TokenPolls(self.client_id, coalesce_s, lambda: self.call("live_shards"))
+        self._lines = TokenLines(self.client_id, coalesce_s, lambda: self.call("live_shards"))
         self._running: dict[str, asyncio.Task[None]] = {}
         self._replacing: asyncio.Task[Any] | None = None
         self._ending: set[str] = set()  # handles of choices that were given up
@@ -133,7 +140,7 @@ class Backend:
     def begin(self, request: RolloutRequest, choice: Choice) -> None:
         """Ask for a completion; its choice is told how it goes."""
         if request.stream is not None:
-            self._polls.follow(choice)
+            self._lines.follow(choice)
         self._running[choice.stream_id] = asyncio.create_task(self._complete(request, choice))
 
     def note_first_token(self, ttft_s: float) -> None:
@@ -152,8 +159,8 @@ class Backend:
 
     def end(self, choice: Choice) -> None:
         """Whoever asked has what it wants, or wants no more: what is still generated is aborted."""
-        self._polls.leave(choice)
-        if choice.stream_id in self._running and choice.stream_id not in self._ending:
+        self._lines.leave(choice)
+        if choice.stream_id in self._running and choice.stream_id not in self._ending and not choice.is_over:
             self._abort(choice.stream_id)
 
     async def call(self, method: str, *arguments: Any) -> Any:
@@ -183,7 +190,7 @@ class Backend:
         """Abort everything."""
         for handle_id in list(self._running):
             self._abort(handle_id)
-        self._polls.close()
+        self._lines.close()
         if self._telling is not None:
             self._telling.cancel()
 

@@ -122,6 +122,7 @@ class Completion:
         choice = Choice(
             uuid.uuid4().hex,
             token_ids,
+            wanted.sampling.max_tokens,
             self._changed,
             needs_top=wanted.num_top_logprobs > 0,
             needs_prompt=wanted.scores_prompt and len(token_ids) > 1,
@@ -246,7 +247,7 @@ class Completion:
         if piece.stop is not None:
             finish_reason, stop_reason = "stop", piece.stop
         elif is_last:
-            finish_reason = "stop" if self._finish_of(run) is FinishReason.STOP else "length"
+            finish_reason = "stop" if choice.finish_reason is FinishReason.STOP else "length"
             if token_ids and token_ids[-1] in wanted.sampling.stop_token_ids:
                 stop_reason = token_ids[-1]  # type: ignore[assignment]
         text, is_first = piece.text, run.num_tokens == 0 and first == 0
@@ -294,15 +295,12 @@ class Completion:
             return True
         return not sampling.ignore_eos and token_id in self._tokenizer.stop_token_ids
 
-    def _finish_of(self, run: _Run) -> FinishReason | None:
-        assert run.choice.trajectory is not None, "a choice that has ended has its trajectory"
-        return run.choice.trajectory.finish_reason
-
     def _check_end(self, run: _Run) -> None:
         """Raise unless the choice ended by itself."""
         trajectory = run.choice.trajectory
-        assert trajectory is not None, "a choice that has ended has its trajectory"
-        self._num_cached += trajectory.metadata.get("num_cached_tokens", 0)
+        self._num_cached += run.choice.num_cached_tokens
+        if trajectory is None:  # its stream ended it, which one that failed or was aborted does not
+            return
         if trajectory.status is Status.FAILED:
             raise ApiError(503, f"the completion failed: {trajectory.error}", "server_error", "failed", None, 1.0)
         if trajectory.status is Status.ABORTED:

@@ -22,6 +22,7 @@ from actors.process import place_of_this_process
 from actors.shard_environment import prepare_environment
 from actors.shard_requests import ChunkRun, sampling_params, stop_token_ids
 from actors.siblings import SiblingExchange, kinship
+from actors.token_line import LineAddress, TokenServer
 from actors.vllm_plugin import SEED_KEY
 from actors.vllm_plugin.control import ControlLine
 from actors.vllm_plugin.routing import routing_args
@@ -32,7 +33,6 @@ from rollout.fleet import Pace, Rendezvous, ShardInfo, ShardStats
 from rollout.gateway.outbox import Outboxes
 from rollout.governor.statistics import SpeculationRecord
 from rollout.routing import RoutingRef
-from rollout.streaming import TokenDelta
 from rollout.sync import segments
 from rollout.sync.manifest import BucketRef
 from rollout.types import Chunk, ChunkResult
@@ -69,6 +69,7 @@ class Shard:
         self._num_requests = 0
         self._num_tokens = 0
         self._outboxes = Outboxes(SUBSCRIBER_PATIENCE_S)
+        self._tokens = TokenServer(self._outboxes)
         self._on_gpu = ray.is_initialized() and bool(ray.get_gpu_ids())  # asking would start Ray
         shares = engine.speculation.enabled and "sibling" in engine.speculation.sources
         self._siblings = SiblingExchange(rank, self._workers) if shares else None
@@ -173,9 +174,9 @@ class Shard:
         kin = {} if self._siblings is None else kinship(chunk)
         return {SEED_KEY: chunk.seed} | kin | routing
 
-    async def next_tokens(self, subscriber: str, timeout_s: float, coalesce_s: float) -> tuple[TokenDelta, ...]:
-        """Tokens of all chunks here that this subscriber follows; see Outbox.take."""
-        return await self._outboxes.of(subscriber).take(timeout_s, coalesce_s)
+    async def token_address(self) -> LineAddress:
+        """Where the tokens of all chunks here are to be had by those who follow them."""
+        return await self._tokens.open(ray.util.get_node_ip_address())
 
     async def set_peers(self, shards: list[Any]) -> None:
         """All shards, in the order of their ranks: their trajectories may draft for each other."""
@@ -318,6 +319,7 @@ class Shard:
 
     async def shutdown(self) -> None:
         """End the engine's processes. The actor itself is killed by whoever made it."""
+        self._tokens.close()
         if self._engine is not None:
             engine, self._engine = self._engine, None
             for line in self._lines:

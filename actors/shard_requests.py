@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from rollout.gateway.outbox import Outbox
-from rollout.streaming import TopLogprobs
+from rollout.streaming import ChunkEnd, TopLogprobs
 from rollout.types import Chunk, ChunkResult, DraftCounts, FinishReason, VersionSpan, append_span
 
 
@@ -77,6 +77,7 @@ class ChunkRun:
                 logprobs,
                 _positions(flat) if stream.num_top_logprobs else (),
                 tuple(entry or None for entry in _positions(output.prompt_logprobs)) if output.prompt_logprobs else (),
+                _end(output),
             )
         self._token_ids.extend(token_ids)
         self._logprobs.extend(logprobs)
@@ -111,6 +112,14 @@ class ChunkRun:
             duration_s=duration_s,
             drafts=_draft_counts(completion.spec_decode_metrics),
         )
+
+
+def _end(output: Any) -> ChunkEnd | None:
+    """How a chunk ended with this output; None if it goes on, or was aborted."""
+    reason = output.outputs[0].finish_reason
+    if reason is None or reason == FinishReason.ABORT.value:
+        return None
+    return ChunkEnd(is_stopped=reason == FinishReason.STOP.value, num_cached_tokens=output.num_cached_tokens or 0)
 
 
 def _positions(flat: Any) -> list[TopLogprobs]:

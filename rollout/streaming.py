@@ -39,6 +39,19 @@ class FirstToken:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ChunkEnd:
+    """How a chunk ended, sent with its last tokens: whoever follows it need not wait for the record.
+
+    Attributes:
+        is_stopped: By an end token; else its budget is used up.
+        num_cached_tokens: As in a chunk's result.
+    """
+
+    is_stopped: bool
+    num_cached_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TokenDelta:
     """Some tokens of a stream.
 
@@ -48,6 +61,7 @@ class TokenDelta:
         token_ids, logprobs: As in a chunk's result.
         top_logprobs: One entry a token where they were asked for, else empty.
         prompt_logprobs: One entry a prompt token, None for the first, once before the first token; else empty.
+        end: Of the chunk, after these tokens.
     """
 
     stream_id: str
@@ -56,3 +70,4 @@ class TokenDelta:
     logprobs: tuple[float, ...]
     top_logprobs: tuple[TopLogprobs, ...] = ()
     prompt_logprobs: tuple[TopLogprobs | None, ...] = ()
+    end: ChunkEnd | None = None

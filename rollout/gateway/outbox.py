@@ -1,9 +1,9 @@
 """Tokens that wait for their subscriber to ask for them, gathered so that few messages carry them.
 
 A message between processes costs far more than what is in it, so all streams of a subscriber share one, which is sent
-when its oldest token has waited for `coalesce_s`. First tokens are sent as soon as they are there, and alone if no
-other token is due: whoever receives them has nothing else to do before. Time is passed in through a clock. Knows
-nothing of engines or of how the answer travels.
+when its oldest token has waited for `coalesce_s`. Those of a stream that begins, or whose chunk ends, are sent as soon
+as they are there, and alone if no others are due: whoever receives them waits for nothing else. Time is passed in
+through a clock. Knows nothing of engines or of how the answer travels.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from rollout.streaming import TokenDelta, TopLogprobs
+from rollout.streaming import ChunkEnd, TokenDelta, TopLogprobs
 
 
 @dataclass(slots=True)
@@ -25,6 +25,7 @@ class _Pending:
     logprobs: list[float] = field(default_factory=list)
     top_logprobs: list[TopLogprobs] = field(default_factory=list)
     prompt_logprobs: tuple[TopLogprobs | None, ...] = ()
+    end: ChunkEnd | None = None
 
 
 class Outbox:
@@ -38,7 +39,7 @@ class Outbox:
     def __init__(self, patience_s: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._patience_s, self._clock = patience_s, clock
         self._pending: dict[str, list[_Pending]] = {}
-        self._begun: dict[str, None] = {}  # streams whose first token is pending
+        self._urgent: dict[str, None] = {}  # streams whose first token, or whose chunk's end, is pending
         self._oldest_at = self._asked_at = clock()
         self._num_polls = 0
         self._changed = asyncio.Event()
@@ -56,6 +57,7 @@ class Outbox:
         logprobs: Sequence[float],
         top_logprobs: Sequence[TopLogprobs] = (),
         prompt_logprobs: tuple[TopLogprobs | None, ...] = (),
+        end: ChunkEnd | None = None,
     ) -> None:
         """Tokens that follow others of their stream, or begin one. See TokenDelta."""
         if not self._pending:
@@ -63,7 +65,7 @@ class Outbox:
             self._changed.set()
         of_stream = self._pending.setdefault(stream_id, [])
         last = of_stream[-1] if of_stream else None
-        if last is None or last.start + len(last.token_ids) != start:
+        if last is None or last.end is not None or last.start + len(last.token_ids) != start:
             last = _Pending(start)
             of_stream.append(last)
         last.token_ids.extend(token_ids)
@@ -71,8 +73,9 @@ class Outbox:
         last.top_logprobs.extend(top_logprobs)
         if prompt_logprobs:
             last.prompt_logprobs = prompt_logprobs
-        if start == 0:
-            self._begun[stream_id] = None
+        last.end = end
+        if start == 0 or end is not None:
+            self._urgent[stream_id] = None
             self._changed.set()
 
     async def take(self, timeout_s: float, coalesce_s: float) -> tuple[TokenDelta, ...]:
@@ -88,10 +91,10 @@ class Outbox:
             while True:
                 now = self._clock()
                 due = self._oldest_at + coalesce_s
-                if self._begun and now < due:
-                    return self._drain(list(self._begun))
+                if self._urgent and now < due:
+                    return self._drain(list(self._urgent))
                 if self._pending and due <= now:
-                    return self._drain([*self._begun, *(name for name in self._pending if name not in self._begun)])
+                    return self._drain([*self._urgent, *(name for name in self._pending if name not in self._urgent)])
                 if not self._pending and deadline <= now:
                     return ()
                 self._changed.clear()
@@ -105,8 +108,8 @@ class Outbox:
             self._asked_at = self._clock()
 
     def _drain(self, stream_ids: Sequence[str]) -> tuple[TokenDelta, ...]:
-        """All that is pending of these streams, those that have begun among them."""
-        self._begun.clear()
+        """All that is pending of these streams, the urgent ones among them."""
+        self._urgent.clear()
         return tuple(
             TokenDelta(
                 stream_id=stream_id,
@@ -115,6 +118,7 @@ class Outbox:
                 logprobs=tuple(some.logprobs),
                 top_logprobs=tuple(some.top_logprobs),
                 prompt_logprobs=some.prompt_logprobs,
+                end=some.end,
             )
             for stream_id in stream_ids
             for some in self._pending.pop(stream_id)

@@ -8,10 +8,11 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass, field, replace
 
+from actors.token_line import TokenServer
 from rollout.errors import QueueFull, UnknownHandle
 from rollout.fleet import ServiceStats, ShardStats
 from rollout.gateway.outbox import Outboxes
-from rollout.streaming import FirstToken
+from rollout.streaming import ChunkEnd, FirstToken
 from rollout.types import FinishReason, ModelLimits, RolloutRequest, Status, Trajectory
 
 STEP_TOKENS = 3
@@ -36,9 +37,10 @@ class Remote:
 class FakeShard:
     def __init__(self):
         self.outboxes = Outboxes(patience_s=60.0)
+        self.tokens = TokenServer(self.outboxes)
 
-    async def next_tokens(self, subscriber, timeout_s, coalesce_s):
-        return await self.outboxes.of(subscriber).take(timeout_s, coalesce_s)
+    async def token_address(self):
+        return await self.tokens.open("127.0.0.1")
 
 
 @dataclass
@@ -49,6 +51,7 @@ class FakeController:
         answer: Token ids that every prompt is continued with.
         is_full: Refuse everything.
         hold: Wait for this before the last tokens.
+        late: Wait for this before the record.
     """
 
     answer: list[int]
@@ -57,6 +60,7 @@ class FakeController:
     max_model_len: int = 256
     is_full: bool = False
     hold: asyncio.Event | None = None
+    late: asyncio.Event | None = None
     shard: FakeShard = field(default_factory=FakeShard)
     requests: list[RolloutRequest] = field(default_factory=list)
     aborted: dict[str, asyncio.Event] = field(default_factory=dict)
@@ -98,11 +102,13 @@ class FakeController:
         reason = FinishReason.LENGTH if tokens[-1] != self.stop_token else FinishReason.STOP
         sent = 0
         while sent < len(tokens) and not gone.is_set():
-            self._send(request, tokens, sent)
+            self._send(request, tokens, sent, reason)
             sent += STEP_TOKENS
             await asyncio.sleep(0.001)
             if self.hold is not None and sent + STEP_TOKENS >= len(tokens):
                 await self.hold.wait()
+        if self.late is not None:
+            await self.late.wait()
         status = Status.COMPLETED if reason is FinishReason.STOP else Status.TRUNCATED
         return Trajectory(
             group_id=request.group_ids[0],
@@ -116,13 +122,14 @@ class FakeController:
             metadata={"num_cached_tokens": 1},
         )
 
-    def _send(self, request, tokens, start):
+    def _send(self, request, tokens, start, reason):
         stream = request.stream
         if stream is None:
             return
         some = tokens[start : start + STEP_TOKENS]
         prompt = request.prompts[0].token_ids
         scores_prompt = start == 0 and stream.num_prompt_logprobs is not None
+        is_last = start + STEP_TOKENS >= len(tokens)
         self.shard.outboxes.of(stream.subscriber).put(
             stream.stream_id,
             start,
@@ -130,4 +137,5 @@ class FakeController:
             [-0.5] * len(some),
             [((token, -0.5), (5, -1.5)) for token in some] if stream.num_top_logprobs else (),
             (None, *(((token, -2.0), (token, -2.0)) for token in prompt[1:])) if scores_prompt else (),
+            ChunkEnd(is_stopped=reason is FinishReason.STOP, num_cached_tokens=1) if is_last else None,
         )

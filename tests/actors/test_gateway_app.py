@@ -127,6 +127,23 @@ def test_echo_with_logprobs_scores_the_prompt(make):
     run(work())
 
 
+def test_a_stream_ends_with_its_tokens_and_not_with_the_record(make):
+    async def work():
+        client = make()
+        client.controller.late = asyncio.Event()
+        body = {"prompt": "a", "max_tokens": 64, "stream": True, "stream_options": {"include_usage": True}}
+        *pieces, usage = events_of(await client.post("/v1/completions", body))
+        assert "".join(piece["choices"][0]["text"] for piece in pieces) == TEXT
+        assert pieces[-1]["choices"][0]["finish_reason"] == "stop"
+        assert usage["usage"]["completion_tokens"] == len(client.controller.answer) + 1
+        assert usage["usage"]["prompt_tokens_details"]["cached_tokens"] == 1
+        client.controller.late.set()
+        await asyncio.sleep(0.01)
+        assert not any(gone.is_set() for gone in client.controller.aborted.values()), "nothing was left to abort"
+
+    run(work())
+
+
 def test_stop_strings_end_a_choice_and_its_generation(make):
     async def work():
         client = make()

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 
 import pytest
 from hypothesis import given
@@ -10,7 +11,7 @@ from rollout.gateway.choices import Choice, StreamDiverged
 from rollout.gateway.idempotency import OVERHEAD_BYTES, Answer, Claim, IdempotencyConflict, IdempotencyStore
 from rollout.gateway.outbox import Outbox, Outboxes
 from rollout.gateway.sampling import group_id_of, run_seed_of
-from rollout.streaming import TokenDelta
+from rollout.streaming import ChunkEnd, TokenDelta
 from rollout.types import FinishReason, Status, Trajectory
 
 
@@ -27,7 +28,11 @@ def finished(tokens, status=Status.COMPLETED):
     )
 
 
-def delta(tokens, start, stop, top=False):
+def an_end(reason=FinishReason.STOP, num_cached=0):
+    return ChunkEnd(is_stopped=reason is FinishReason.STOP, num_cached_tokens=num_cached)
+
+
+def delta(tokens, start, stop, top=False, end=None):
     some = tuple(tokens[start:stop])
     return TokenDelta(
         stream_id="s",
@@ -35,13 +40,18 @@ def delta(tokens, start, stop, top=False):
         token_ids=some,
         logprobs=tuple(-float(token) for token in some),
         top_logprobs=tuple(((token, -float(token)),) for token in some) if top else (),
+        end=end,
     )
+
+
+def a_choice(max_tokens=20, **options):
+    return Choice("s", (1,), max_tokens, asyncio.Event(), **options)
 
 
 @given(st.integers(0, 20), st.lists(st.tuples(st.integers(0, 20), st.integers(0, 20)), max_size=12), st.booleans())
 def test_every_token_comes_once_whatever_the_stream_does(num, cuts, has_top):
     tokens = list(range(100, 100 + num))
-    choice = Choice("s", (1,), asyncio.Event(), needs_top=has_top)
+    choice = a_choice(needs_top=has_top)
     for one, other in cuts:
         if min(one, other) < max(one, other) and min(one, other) < num:
             choice.add(delta(tokens, min(one, other), max(one, other), has_top))
@@ -54,14 +64,41 @@ def test_every_token_comes_once_whatever_the_stream_does(num, cuts, has_top):
 
 
 def test_a_record_that_contradicts_what_was_shown_is_an_error():
-    choice = Choice("s", (1,), asyncio.Event())
+    choice = a_choice()
     choice.add(delta([1, 2, 3], 0, 2))
     choice.end(finished([1, 9, 3]))
     assert isinstance(choice.error, StreamDiverged) and choice.is_complete
 
 
+@given(st.integers(1, 20), st.data())
+def test_a_stream_without_seams_ends_its_choice_with_its_last_chunk(num, data):
+    tokens = list(range(100, 100 + num))
+    cuts = sorted({0, num, *data.draw(st.lists(st.integers(0, num)))})
+    ends_of_chunks = data.draw(st.sets(st.sampled_from(cuts[1:]))) | {num}
+    reason = data.draw(st.sampled_from((FinishReason.STOP, FinishReason.LENGTH)))
+    choice = a_choice(max_tokens=num if reason is FinishReason.LENGTH else num + 1)
+    for start, stop in itertools.pairwise(cuts):
+        assert not choice.is_complete
+        chunk_reason = reason if stop == num else FinishReason.LENGTH
+        choice.add(delta(tokens, start, stop, end=an_end(chunk_reason, 3) if stop in ends_of_chunks else None))
+    assert choice.is_complete and choice.finish_reason is reason and choice.trajectory is None
+    assert choice.num_cached_tokens == 3 * len(ends_of_chunks)
+    choice.end(finished(tokens))
+    assert choice.token_ids == tokens and choice.error is None and choice.finish_reason is reason
+
+
+@pytest.mark.parametrize("second", [(0, 3), (1, 3), (3, 4)], ids=["again", "overlapping", "with a gap"])
+def test_a_stream_with_a_seam_waits_for_the_record(second):
+    choice = a_choice()
+    choice.add(delta([1, 2, 3, 4], 0, 2))
+    choice.add(delta([1, 2, 3, 4], *second, end=an_end()))
+    assert not choice.is_over
+    choice.end(finished([1, 9, 3, 4]))
+    assert isinstance(choice.error, StreamDiverged), "another version's tokens, which no delta could tell"
+
+
 def test_an_abort_keeps_what_was_shown():
-    choice = Choice("s", (1,), asyncio.Event())
+    choice = a_choice()
     choice.add(delta([1, 2, 3], 0, 3))
     choice.end(finished([1, 2], Status.ABORTED))
     assert choice.token_ids == [1, 2, 3] and choice.error is None
@@ -112,6 +149,26 @@ def test_a_first_token_goes_at_once_and_others_wait_for_company():
         clock.now = 20.0
         waiting = asyncio.ensure_future(box.take(0.0, 0.04))
         assert await waiting == ()
+
+    run(work())
+
+
+def test_the_last_tokens_of_a_chunk_go_at_once():
+    async def work():
+        clock = Clock()
+        box = Outbox(60.0, clock)
+        put(box, "a", 4, 1)
+        put(box, "b", 4, 1)
+        waiting = asyncio.ensure_future(box.take(10.0, 0.04))
+        await asyncio.sleep(0)
+        assert not waiting.done()
+        box.put("a", 5, [2], [0.0], end=an_end(FinishReason.LENGTH))
+        put(box, "a", 6, 3)
+        ended, successor = await waiting
+        assert (ended.start, ended.token_ids, ended.end) == (4, (1, 2), an_end(FinishReason.LENGTH))
+        assert (successor.start, successor.token_ids, successor.end) == (6, (3,), None), "of the next chunk"
+        clock.now = 0.05
+        assert [one.stream_id for one in await box.take(10.0, 0.04)] == ["b"]
 
     run(work())
 
