@@ -11,8 +11,9 @@ they share nothing, not even experts. All other ways use the service's shards:
   on the engines' slots. `makespan_speedup` is the makespan of vllm over that of divided, `speedup_over_static` that of
   static over it; `tail_ratio` the time in which the last 10 % of the trajectories finish, divided over vllm;
 - equal lengths through policy divided, its journal and its cuts; straight to the same engines without a controller,
-  everything at once (plain); and through vllm. `uniform_ratio` is divided's throughput over plain's: what journal and
-  cuts cost; `uniform_over_vllm` over vllm's: what expert parallelism costs as well.
+  everything at once (plain), before and after; and through vllm. `uniform_ratio` is divided's throughput over the mean
+  of plain's two: what journal and cuts cost, whichever way the machine's pace drifts; `uniform_over_vllm` over vllm's:
+  what expert parallelism costs as well.
 
 By default the service's shards share nothing either; engine.num_shards=2 engine.num_groups=1 makes them an
 expert-parallel pair. So makespan_speedup comes from scheduling and from what `uniform_over_vllm` shows, and nothing
@@ -44,7 +45,7 @@ from launch.compose import compose
 from launch.hidden_lengths import with_lengths
 from launch.rollout_load import write_trace
 from launch.rollout_picture import draw
-from launch.rollout_turns import OURS, PLAIN, STOCK, Options, Repeat, make_loads, measure, quantiles
+from launch.rollout_turns import OURS, PLAIN, PLAIN_AGAIN, STOCK, Options, Repeat, make_loads, measure, quantiles
 from launch.stock_engines import start_stock_engines
 from rollout.config import RunConfig
 from rollout.errors import LongrollError
@@ -69,7 +70,7 @@ def record_of(options: Options, heavy: Sequence[Repeat], uniform: Sequence[Repea
         "speedup_over_static": [r.ratio("makespan_s", "static", OURS) for r in heavy],
         "tail_over_static": [r.ratio("tail_s", OURS, "static") for r in heavy],
         "speedup_over_partial": [r.ratio("makespan_s", "partial", OURS) for r in heavy],
-        "uniform_ratio": [r.ratio("tokens_per_s", OURS, PLAIN) for r in uniform],
+        "uniform_ratio": [_over_both(r) for r in uniform],
     }
     if options.stock:
         figures["uniform_over_vllm"] = [r.ratio("tokens_per_s", OURS, STOCK) for r in uniform]
@@ -81,6 +82,12 @@ def record_of(options: Options, heavy: Sequence[Repeat], uniform: Sequence[Repea
     record["heavy"] = [_repeat_record(r) for r in heavy]
     record["uniform"] = [_repeat_record(r) for r in uniform]
     return record
+
+
+def _over_both(repeat: Repeat) -> float:
+    """Throughput of divided over the mean of the plain turns before and after it."""
+    plain = (repeat.timelines[name].tokens_per_s for name in (PLAIN, PLAIN_AGAIN))
+    return repeat.timelines[OURS].tokens_per_s / statistics.fmean(plain)
 
 
 def _repeat_record(repeat: Repeat) -> dict[str, Any]:

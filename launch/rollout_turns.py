@@ -25,7 +25,8 @@ from rollout.errors import InvalidRequest, LongrollError
 from rollout.simulate.lengths import LengthModel
 
 POLICIES = ("static", "partial", "divided")
-OURS, PLAIN, STOCK = "divided", "plain", "vllm"
+OURS, STOCK = "divided", "vllm"
+PLAIN, PLAIN_AGAIN = "plain", "plain 2"
 WARM_UP_TOKENS = 16
 Serve = Callable[[Load, str], Run]
 
@@ -207,12 +208,12 @@ def measure(
             name: lambda load, run_id, client=client: serve(client, load, run_id, bench.num_slots)  # type: ignore[misc]
             for name, client in clients.items()
         }
-        plain: dict[str, Serve] = {PLAIN: lambda load, run_id: serve_plain(service, load, bench.num_slots)}
+        plain: Serve = lambda load, run_id: serve_plain(service, load, bench.num_slots)  # noqa: E731
         stock: dict[str, Serve] = {}
         if stock_engines:
             stock[STOCK] = lambda load, run_id: serve_stock(stock_engines, load, bench.num_slots)
         print("warming up", flush=True)
-        bench.turn(loads.warm_up, ways | plain | stock, "warm-up")
+        bench.turn(loads.warm_up, ways | {PLAIN: plain} | stock, "warm-up")
         for repeat, load in enumerate(loads.heavy):
             for visit, earlier in enumerate(loads.earlier[repeat], start=1):
                 print(f"visit {visit} of the prompts of repeat {repeat + 1}", flush=True)
@@ -222,7 +223,8 @@ def measure(
             print(f"  lengths {quantiles(heavy[-1].lengths)}", flush=True)
         for repeat, load in enumerate(loads.uniform):
             print(f"{options.uniform_tokens} tokens each, repeat {repeat + 1}", flush=True)
-            uniform.append(bench.turn(load, rotated({OURS: ways[OURS]} | plain | stock, repeat), f"uniform-{repeat}"))
+            around = {PLAIN: plain, OURS: ways[OURS], PLAIN_AGAIN: plain}
+            uniform.append(bench.turn(load, stock | around if repeat % 2 else around | stock, f"uniform-{repeat}"))
     return heavy, uniform
 
 
