@@ -17,10 +17,12 @@ from collections import Counter
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any
 
+from actors.call_line import CALLS, CallLines, CallServer
 from actors.feed_calls import FeedCalls, FeedState
 from actors.fleet_calls import FleetCalls
 from actors.interactive_calls import InteractiveCalls
 from actors.journal_keeper import JournalKeeper
+from actors.line import LineServer
 from actors.process import place_of_this_process
 from actors.publication_calls import PublicationCalls
 from actors.publications import Publications
@@ -108,6 +110,8 @@ class Controller(FleetCalls, FeedCalls, InteractiveCalls, PublicationCalls, Roll
         self._rate = RateWindow(RATE_WINDOW_S)
         self._admission = Admission(config.admission, time.monotonic())
         self._feed = FeedState(time.monotonic())
+        self._calls = CallLines()
+        self._line_server = LineServer({CALLS: CallServer({"complete": self.complete, "abort": self.abort})})
         self._is_stopping = False
 
     async def start(self) -> None:
@@ -224,6 +228,8 @@ class Controller(FleetCalls, FeedCalls, InteractiveCalls, PublicationCalls, Roll
         for task in list(self._tasks):
             task.cancel()
         self._rewards.stop()
+        self._line_server.close()
+        self._calls.close()
         await self._keeper.close()
 
     def _pump(self) -> None:
@@ -255,7 +261,10 @@ class Controller(FleetCalls, FeedCalls, InteractiveCalls, PublicationCalls, Roll
     async def _run_chunk(self, dispatch: Dispatch) -> None:
         shard, flight_id = self._shards[dispatch.shard], dispatch.chunk.trajectory_id
         try:
-            result = await answer(shard.generate.remote(dispatch.chunk))
+            if dispatch.chunk.stream is None:
+                result = await answer(shard.generate.remote(dispatch.chunk))
+            else:
+                result = await answer(self._calls.call(shard, "generate", dispatch.chunk))
         except EngineDead as error:
             self._note_lost(dispatch, "lost")
             if self._shards[dispatch.shard] is shard:

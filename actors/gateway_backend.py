@@ -14,6 +14,7 @@ import uuid
 from collections.abc import Callable
 from typing import Any
 
+from actors.call_line import CallLines
 from actors.token_line import Subscription, follow
 from rollout.async_client import AsyncRolloutClient
 from rollout.errors import LongrollError, QueueFull, ServiceLost
@@ -23,6 +24,7 @@ from rollout.streaming import FirstToken
 from rollout.types import ModelLimits, RolloutRequest
 
 logger = logging.getLogger(__name__)
+OVER_LINE = ("complete", "abort")
 REFRESH_S = 2.0
 RETRY_S = 0.5
 TELL_S = 0.5  # first tokens are gathered before the controller is told
@@ -88,7 +90,7 @@ class TokenLines:
 
     async def _read(self, shard: Any) -> None:
         wanted = Subscription(subscriber=self._subscriber, coalesce_s=self._coalesce_s)
-        async with contextlib.aclosing(follow(await shard.token_address.remote(), wanted)) as tokens:
+        async with contextlib.aclosing(follow(await shard.line_address.remote(), wanted)) as tokens:
             async for deltas in tokens:
                 for delta in deltas:
                     choice = self._followed.get(delta.stream_id)
@@ -109,7 +111,8 @@ class Backend:
     def __init__(self, controller: Any, find: Callable[[], Any], coalesce_s: float, max_open_choices: int) -> None:
         self._controller, self._find, self._max_open = controller, find, max_open_choices
         self.client_id = f"gateway-{uuid.uuid4().hex}"
-        self._lines = TokenLines(self.client_id, coalesce_s, lambda: self.call("live_shards"))
+        self._calls = CallLines()
+        self._tokens = TokenLines(self.client_id, coalesce_s, lambda: self.call("live_shards"))
         self._running: dict[str, asyncio.Task[None]] = {}
         self._replacing: asyncio.Task[Any] | None = None
         self._ending: set[str] = set()  # handles of choices that were given up
@@ -140,7 +143,7 @@ class Backend:
     def begin(self, request: RolloutRequest, choice: Choice) -> None:
         """Ask for a completion; its choice is told how it goes."""
         if request.stream is not None:
-            self._lines.follow(choice)
+            self._tokens.follow(choice)
         self._running[choice.stream_id] = asyncio.create_task(self._complete(request, choice))
 
     def note_first_token(self, ttft_s: float) -> None:
@@ -159,7 +162,7 @@ class Backend:
 
     def end(self, choice: Choice) -> None:
         """Whoever asked has what it wants, or wants no more: what is still generated is aborted."""
-        self._lines.leave(choice)
+        self._tokens.leave(choice)
         if choice.stream_id in self._running and choice.stream_id not in self._ending and not choice.is_over:
             self._abort(choice.stream_id)
 
@@ -167,6 +170,8 @@ class Backend:
         """Call the controller. Raises the controller's errors in their own class, and ServiceLost."""
         controller = self._controller
         try:
+            if method in OVER_LINE:
+                return await self._calls.call(controller, method, *arguments)
             return await getattr(controller, method).remote(*arguments)
         except Exception as error:  # every error is passed on, in its own class
             known = client_error(error)
@@ -190,7 +195,8 @@ class Backend:
         """Abort everything."""
         for handle_id in list(self._running):
             self._abort(handle_id)
-        self._lines.close()
+        self._tokens.close()
+        self._calls.close()
         if self._telling is not None:
             self._telling.cancel()
 

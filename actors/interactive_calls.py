@@ -8,8 +8,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
+import ray
+
+from actors.line import LineAddress, LineServer
 from actors.shard_watch import ShardWatch
 from rollout.config import SchedulerConfig
 from rollout.handles import Delivery, RolloutHandle
@@ -29,6 +33,7 @@ class InteractiveCalls:
     _scheduler: Scheduler
     _admission: Admission
     _watch: ShardWatch
+    _line_server: LineServer
 
     async def submit(self, request: RolloutRequest, client_id: str, handle_id: str | None = None) -> RolloutHandle:
         raise NotImplementedError
@@ -64,13 +69,17 @@ class InteractiveCalls:
         finally:
             self._admission.leave(time.monotonic())
         self._learn_from(group.trajectories[0], began)
-        return group.trajectories[0]
+        return replace(group.trajectories[0], routed_experts=())  # references, which are good through Ray only
 
     async def note_first_tokens(self, seen: Sequence[FirstToken]) -> None:
         """Streams have begun at a gateway, which tells how long that took."""
         now = time.monotonic()
         for one in seen:
             self._admission.limit.first_token(one.ttft_s, now - one.age_s)
+
+    async def line_address(self) -> LineAddress:
+        """Where completions can be asked for without Ray."""
+        return await self._line_server.open(ray.util.get_node_ip_address())
 
     async def live_shards(self) -> dict[int, Any]:
         """Actor handles of the shards that serve, by rank: who gives the tokens of streams."""

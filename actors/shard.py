@@ -16,13 +16,15 @@ import ray
 import torch
 
 from actors import routing_store
+from actors.call_line import CALLS, CallServer
 from actors.engine_args import engine_args
+from actors.line import LineAddress, LineServer
 from actors.ports import free_port
 from actors.process import place_of_this_process
 from actors.shard_environment import prepare_environment
 from actors.shard_requests import ChunkRun, sampling_params, stop_token_ids
 from actors.siblings import SiblingExchange, kinship
-from actors.token_line import LineAddress, TokenServer
+from actors.token_line import TOKENS, TokenSender
 from actors.vllm_plugin import SEED_KEY
 from actors.vllm_plugin.control import ControlLine
 from actors.vllm_plugin.routing import routing_args
@@ -69,7 +71,8 @@ class Shard:
         self._num_requests = 0
         self._num_tokens = 0
         self._outboxes = Outboxes(SUBSCRIBER_PATIENCE_S)
-        self._tokens = TokenServer(self._outboxes)
+        calls = CallServer({"generate": self.generate, "abort": self.abort})
+        self._line_server = LineServer({TOKENS: TokenSender(self._outboxes), CALLS: calls})
         self._on_gpu = ray.is_initialized() and bool(ray.get_gpu_ids())  # asking would start Ray
         shares = engine.speculation.enabled and "sibling" in engine.speculation.sources
         self._siblings = SiblingExchange(rank, self._workers) if shares else None
@@ -154,7 +157,7 @@ class Shard:
         self._num_tokens += len(result.token_ids)
         if self._siblings is not None:
             self._siblings.share()
-        if self._engine_config.enable_return_routed_experts and result.token_ids:
+        if self._captures_routing(chunk) and result.token_ids:
             result = replace(result, routing=await self._routing(chunk, request_id, len(result.token_ids)))
         return result
 
@@ -166,17 +169,21 @@ class Shard:
             return None
         return routing_store.put(blobs[0], chunk, num_new_tokens)
 
+    def _captures_routing(self, chunk: Chunk) -> bool:
+        """Of what is trained on; a reference to it could not travel over a line either."""
+        return self._engine_config.enable_return_routed_experts and chunk.stream is None
+
     def _extra_args(self, chunk: Chunk, request_id: str) -> dict[str, Any]:
         """What the plug-in is told about a request."""
         routing: dict[str, Any] = {}
-        if self._engine_config.enable_return_routed_experts:
+        if self._captures_routing(chunk):
             routing = routing_args(request_id, routing_store.first_row(chunk))
         kin = {} if self._siblings is None else kinship(chunk)
         return {SEED_KEY: chunk.seed} | kin | routing
 
-    async def token_address(self) -> LineAddress:
-        """Where the tokens of all chunks here are to be had by those who follow them."""
-        return await self._tokens.open(ray.util.get_node_ip_address())
+    async def line_address(self) -> LineAddress:
+        """Where streams of tokens are to be had, and chunks can be given without Ray."""
+        return await self._line_server.open(ray.util.get_node_ip_address())
 
     async def set_peers(self, shards: list[Any]) -> None:
         """All shards, in the order of their ranks: their trajectories may draft for each other."""
@@ -319,7 +326,7 @@ class Shard:
 
     async def shutdown(self) -> None:
         """End the engine's processes. The actor itself is killed by whoever made it."""
-        self._tokens.close()
+        self._line_server.close()
         if self._engine is not None:
             engine, self._engine = self._engine, None
             for line in self._lines:

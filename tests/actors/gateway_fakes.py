@@ -8,7 +8,9 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass, field, replace
 
-from actors.token_line import TokenServer
+from actors.call_line import CALLS, CallServer
+from actors.line import LineServer
+from actors.token_line import TOKENS, TokenSender
 from rollout.errors import QueueFull, UnknownHandle
 from rollout.fleet import ServiceStats, ShardStats
 from rollout.gateway.outbox import Outboxes
@@ -37,10 +39,10 @@ class Remote:
 class FakeShard:
     def __init__(self):
         self.outboxes = Outboxes(patience_s=60.0)
-        self.tokens = TokenServer(self.outboxes)
+        self.lines = LineServer({TOKENS: TokenSender(self.outboxes)})
 
-    async def token_address(self):
-        return await self.tokens.open("127.0.0.1")
+    async def line_address(self):
+        return await self.lines.open("127.0.0.1")
 
 
 @dataclass
@@ -66,6 +68,12 @@ class FakeController:
     aborted: dict[str, asyncio.Event] = field(default_factory=dict)
     first_tokens: list[FirstToken] = field(default_factory=list)
     error: Exception | None = None
+
+    def __post_init__(self):
+        self.lines = LineServer({CALLS: CallServer({"complete": self.complete, "abort": self.abort})})
+
+    async def line_address(self):
+        return await self.lines.open("127.0.0.1")
 
     async def limits(self):
         return ModelLimits(vocab_size=self.vocab_size, max_model_len=self.max_model_len)
