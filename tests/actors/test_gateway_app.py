@@ -153,8 +153,8 @@ def test_stop_strings_end_a_choice_and_its_generation(make):
         choice = answer.choices[0]
         assert (choice.text, choice.finish_reason, choice.stop_reason) == ("the answer is ", "stop", "42")
         assert choice.token_ids == client.controller.answer[: len(choice.token_ids)]
-        await asyncio.sleep(0)
-        assert all(gone.is_set() for gone in client.controller.aborted.values())
+        async with asyncio.timeout(10):
+            await asyncio.gather(*(gone.wait() for gone in client.controller.aborted.values()))
 
     run(work())
 
