@@ -36,14 +36,14 @@ class CallServer:
 
     def __init__(self, methods: Mapping[str, Callable[..., Awaitable[Any]]]) -> None:
         self._methods = dict(methods)
+        self._under_way: set[asyncio.Task[None]] = set()  # a call goes on when its caller is gone, as one through Ray
 
     async def __call__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        under_way: set[asyncio.Task[None]] = set()
         while True:
             number, method, arguments = pickle.loads(await read_frame(reader))
             task = asyncio.create_task(self._answer(writer, number, method, arguments))
-            under_way.add(task)  # whose caller may go, as it may from a call through Ray
-            task.add_done_callback(under_way.discard)
+            self._under_way.add(task)
+            task.add_done_callback(self._under_way.discard)
 
     async def _answer(self, writer: asyncio.StreamWriter, number: int, method: str, arguments: tuple[Any, ...]) -> None:
         try:
@@ -103,6 +103,11 @@ class CallLines:
         self._lines: dict[Any, _CallLine] = {}
         self._opening: dict[Any, asyncio.Task[None]] = {}
         self._failed_at: dict[Any, float] = {}
+
+    @property
+    def num_open(self) -> int:
+        """Lines that calls go over."""
+        return sum(not line.task.done() for line in self._lines.values())
 
     async def call(self, actor: Any, method: str, *arguments: Any) -> Any:
         """Call a method of an actor. Raises what it raised, or Ray's errors, or LineBroken."""

@@ -2,10 +2,14 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import os
+import signal
 from contextlib import aclosing
 from dataclasses import replace
 
 import pytest
+import ray
+from ray.exceptions import RayActorError
 
 from actors.call_line import CALLS, CallLines, CallServer, LineBroken
 from actors.line import LENGTH_BYTES, MAX_NAME_BYTES, NONCE_BYTES, LineServer
@@ -163,10 +167,9 @@ async def open_line():
     """(callee, its handle, lines) once the line is open."""
     callee = Callee()
     actor, lines = Remote(callee), CallLines()
-    for _ in range(200):  # through Ray, while the line is opened
-        before = callee.through_ray
-        await lines.call(actor, "say", "first")
-        if callee.through_ray == before:
+    for _ in range(200):
+        await lines.call(actor, "say", "first")  # through Ray, while the line is opened
+        if lines.num_open:
             return callee, actor, lines
         await asyncio.sleep(0.005)
     raise AssertionError("no line")
@@ -218,3 +221,39 @@ def test_a_broken_line_takes_its_calls_and_the_next_ones_go_through_ray(is_dead)
         lines.close()
 
     run(work())
+
+
+class Sleeper:
+    """A real actor that never answers."""
+
+    def __init__(self):
+        self.server = LineServer({CALLS: CallServer({"sleep": self.sleep})})
+
+    async def line_address(self):
+        return await self.server.open(HOST)
+
+    async def pid(self):
+        return os.getpid()
+
+    async def sleep(self):
+        await asyncio.sleep(3600)
+
+
+def test_the_death_of_an_actor_is_told_by_ray(ray_cluster):
+    async def work():
+        actor, lines = ray.remote(Sleeper).options(num_cpus=0).remote(), CallLines()
+        through_ray = asyncio.ensure_future(lines.call(actor, "sleep"))
+        pid = await actor.pid.remote()
+        while not lines.num_open:
+            await asyncio.sleep(0.02)
+        over_line = asyncio.ensure_future(lines.call(actor, "sleep"))
+        await asyncio.sleep(0.05)
+        os.kill(pid, signal.SIGKILL)
+        for call in (through_ray, over_line):
+            with pytest.raises(RayActorError):
+                await call
+        with pytest.raises(RayActorError):
+            await lines.call(actor, "sleep")
+        lines.close()
+
+    asyncio.run(asyncio.wait_for(work(), 60))
