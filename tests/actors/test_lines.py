@@ -239,6 +239,7 @@ class Sleeper:
         await asyncio.sleep(3600)
 
 
+@pytest.mark.ray
 def test_the_death_of_an_actor_is_told_by_ray(ray_cluster):
     async def work():
         actor, lines = ray.remote(Sleeper).options(num_cpus=0).remote(), CallLines()
