@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, field_validator, model_validator
 
-from rollout.types import SamplingParams
+from rollout.types import MAX_TEMPERATURE, SamplingParams
 
 MAX_INT = 2**31 - 1
 MAX_N = 128
@@ -69,7 +69,7 @@ class Sampled(ApiModel):
     """What completions of both kinds have in common."""
 
     model: Name | None = None
-    temperature: Annotated[float, Field(ge=0, le=100)] | None = 1.0
+    temperature: Annotated[float, Field(ge=0, le=MAX_TEMPERATURE)] | None = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] | None = 1.0
     top_k: Annotated[int, Field(ge=-1, le=MAX_INT)] | None = None
     n: Annotated[int, Field(ge=1, le=MAX_N)] | None = 1
@@ -227,7 +227,7 @@ class RolloutSampling(ApiModel):
     """How the tokens of rollouts are drawn."""
 
     max_tokens: Annotated[int, Field(ge=1, le=MAX_INT)] = 512
-    temperature: Annotated[float, Field(ge=0, le=100)] = 1.0
+    temperature: Annotated[float, Field(ge=0, le=MAX_TEMPERATURE)] = 1.0
     top_k: Annotated[int, Field(ge=1, le=MAX_INT)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     stop_token_ids: list[Annotated[int, Field(ge=0, le=MAX_INT)]] = []

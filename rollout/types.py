@@ -43,6 +43,8 @@ _LEGAL = {
 }
 
 
+MIN_TEMPERATURE, MAX_TEMPERATURE = 0.01, 2.0
+"""What vLLM takes as it is, beside 0."""
 LEAST_FLOAT32 = 2.0**-126
 """The least normal number of the format that engines sample in."""
 
@@ -53,7 +55,7 @@ class SamplingParams:
 
     Attributes:
         max_tokens: Most tokens to generate, ≥ 1.
-        temperature: T, 0 for greedy; else in [1e-30, 1e30], so that float32 holds logits / T.
+        temperature: T, 0 for greedy; else in [0.01, 2]: vLLM refuses more, and takes 0.01 for less without a word.
         top_k: Keep the k most likely tokens, k < 2**31; None keeps all.
         top_p: Keep the smallest set of tokens whose mass reaches p, a normal float32 in (0, 1].
         stop_token_ids: Tokens that end a generation (kept as its last token).
@@ -71,8 +73,9 @@ class SamplingParams:
         if self.max_tokens < 1:
             raise InvalidRequest("max_tokens", self.max_tokens, "an integer ≥ 1")
         # What engines cannot hold would end in them, and take everybody's requests along.
-        if self.temperature != 0 and not 1e-30 <= self.temperature <= 1e30:
-            raise InvalidRequest("temperature", self.temperature, "0, or a number in [1e-30, 1e30]")
+        if self.temperature != 0 and not MIN_TEMPERATURE <= self.temperature <= MAX_TEMPERATURE:
+            expected = f"0, or a number in [{MIN_TEMPERATURE}, {MAX_TEMPERATURE:g}]"
+            raise InvalidRequest("temperature", self.temperature, expected)
         if self.top_k is not None and not 1 <= self.top_k < 2**31:
             raise InvalidRequest("top_k", self.top_k, "an integer in [1, 2**31), or None for off")
         if not LEAST_FLOAT32 <= self.top_p <= 1:
