@@ -18,7 +18,7 @@ import hmac
 import logging
 import secrets
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 logger = logging.getLogger(__name__)
@@ -34,11 +34,11 @@ Handler = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LineAddress:
-    """Where an actor listens, and the key, hexadecimal."""
+    """Where an actor listens, and the key, hexadecimal, which no log shall have."""
 
     host: str
     port: int
-    key: str
+    key: str = field(repr=False)
 
 
 class LineServer:

@@ -71,7 +71,7 @@ class Shard:
         self._num_requests = 0
         self._num_tokens = 0
         self._outboxes = Outboxes(SUBSCRIBER_PATIENCE_S)
-        calls = CallServer({"generate": self.generate, "abort": self.abort})
+        calls = CallServer({"generate": self.generate})
         self._line_server = LineServer({TOKENS: TokenSender(self._outboxes), CALLS: calls})
         self._on_gpu = ray.is_initialized() and bool(ray.get_gpu_ids())  # asking would start Ray
         shares = engine.speculation.enabled and "sibling" in engine.speculation.sources

@@ -6,8 +6,8 @@ Four parts, each of which can be left out (parts=stall,recompute,bandwidth,fault
 
 - stall: real optimizer steps on real rollouts, each published while other generations run, with KV kept;
   `stall_steps_p99` is the longest pause between two steps of a shard during a publication, in median steps of
-  the same shard without one, and `bytes_ratio` what travelled after the first publication against the model in
-  bfloat16;
+  the same shard without one (`quiet_steps` the same of the second before), and `bytes_ratio` what travelled after the
+  first publication against the model in bfloat16;
 - recompute: the same publications with running requests prefilled again (sync.recompute_kv), for comparison;
 - bandwidth: all bytes of a random model of 150-300 M parameters from a sender into the checked shadows of two
   shards, against a memory copy of as many bytes in the same run, alternating (`bandwidth_ratio`);

@@ -208,7 +208,10 @@ def measure(
             name: lambda load, run_id, client=client: serve(client, load, run_id, bench.num_slots)  # type: ignore[misc]
             for name, client in clients.items()
         }
-        plain: Serve = lambda load, run_id: serve_plain(service, load, bench.num_slots)  # noqa: E731
+
+        def plain(load: Load, run_id: str) -> Run:
+            return serve_plain(service, load, bench.num_slots)
+
         stock: dict[str, Serve] = {}
         if stock_engines:
             stock[STOCK] = lambda load, run_id: serve_stock(stock_engines, load, bench.num_slots)

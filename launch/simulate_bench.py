@@ -77,6 +77,7 @@ class Options:
         check_policies(self.policies)
         if self.within <= 0:
             raise InvalidRequest("within", self.within, "a number > 0")
+        _ = self.bench  # refuses what the bench refuses, before anything is started
 
     @property
     def bench(self) -> BenchOptions:

@@ -55,7 +55,7 @@ class SamplingParams:
 
     Attributes:
         max_tokens: Most tokens to generate, ≥ 1.
-        temperature: T, 0 for greedy; else in [0.01, 2]: vLLM refuses more, and takes 0.01 for less without a word.
+        temperature: T, 0 for greedy; else in [0.01, 2]: vLLM refuses more, and takes 0.01 for less.
         top_k: Keep the k most likely tokens, k < 2**31; None keeps all.
         top_p: Keep the smallest set of tokens whose mass reaches p, a normal float32 in (0, 1].
         stop_token_ids: Tokens that end a generation (kept as its last token).
