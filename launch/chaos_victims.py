@@ -34,6 +34,8 @@ TITLES = {
     Kind.TRAINER: "ray::TrainerRank",
 }
 """How the titles of their processes begin; the driver is known by its id."""
+SPAWNED = "multiprocessing.spawn"
+"""In the command of an engine core that could not set its title, as one in some dozens cannot: a child of its shard."""
 NEEDS_OPERATOR = frozenset({Kind.TRAINER, Kind.DRIVER})
 """Stopped, they are found and killed by whoever looks after the run; where the driver dies, it is started again."""
 
@@ -90,7 +92,7 @@ def by_kind(driver: int) -> dict[Kind, list[psutil.Process]]:
     for process in family(driver):
         with contextlib.suppress(psutil.Error, IndexError):
             title = process.cmdline()[0]
-            kind = next((kind for kind, start in TITLES.items() if title.startswith(start)), None)
+            kind = kind_of(process)
             if kind is not None and process.status() != psutil.STATUS_ZOMBIE:
                 found[kind].append((title, process.pid, process))
     with contextlib.suppress(psutil.NoSuchProcess):
@@ -98,13 +100,27 @@ def by_kind(driver: int) -> dict[Kind, list[psutil.Process]]:
     return {kind: [process for _, _, process in sorted(some, key=lambda one: one[:2])] for kind, some in found.items()}
 
 
+def kind_of(process: psutil.Process) -> Kind | None:
+    """What a process below the driver is; None if it is nobody to be killed.
+
+    Raises:
+        psutil.Error, IndexError: It has ended.
+    """
+    command = process.cmdline()
+    kind = next((kind for kind, start in TITLES.items() if command[0].startswith(start)), None)
+    if kind is None and any(SPAWNED in word for word in command):
+        parent = process.parent()
+        if parent is not None and parent.cmdline()[0].startswith(TITLES[Kind.SHARD]):
+            return Kind.ENGINE_CORE
+    return kind
+
+
 def is_worker(process: psutil.Process) -> bool:
     """Whether it is an engine's or an actor's process. Ray's own agents are neither; they take a minute to leave."""
     try:
-        title = process.cmdline()[0]
+        return kind_of(process) is not None or process.cmdline()[0].startswith("VLLM::")
     except (psutil.Error, IndexError):
         return False
-    return title.startswith((*TITLES.values(), "VLLM::"))
 
 
 def is_gone(process: psutil.Process) -> bool:

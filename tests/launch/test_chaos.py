@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
@@ -263,6 +264,24 @@ def test_victims_are_found_by_their_titles(pretenders: list[subprocess.Popen[byt
     pretenders[1].kill()
     psutil.wait_procs([psutil.Process(pretenders[1].pid)], timeout=10)
     assert is_gone(found[Kind.CONTROLLER][0]) and by_kind(os.getpid())[Kind.CONTROLLER] == []
+
+
+def test_an_engine_core_without_a_title_is_known_by_its_shard() -> None:
+    """As `multiprocessing` starts it, below whoever is a shard; below anybody else it is something else."""
+    command = f"{sys.executable} -c 'import time; time.sleep(60)  # multiprocessing.spawn' & read"
+    for title, expected in (("ray::Shard", 1), ("ray::Controller", 0)):
+        with subprocess.Popen([title, "-c", command], executable="/bin/bash", stdin=subprocess.PIPE) as parent:
+            deadline = time.monotonic() + 20
+            while not (children := psutil.Process(parent.pid).children()) or children[0].cmdline()[:1] != [
+                sys.executable
+            ]:
+                assert time.monotonic() < deadline, "the child did not start"
+                time.sleep(0.05)
+            (child,) = children
+            assert [one.pid for one in by_kind(os.getpid())[Kind.ENGINE_CORE]] == [child.pid] * expected
+            assert is_worker(child) == bool(expected)
+            child.kill()
+            parent.kill()
 
 
 def test_counts_outlive_the_process_that_was_killed(tmp_path: Path) -> None:
