@@ -1,14 +1,17 @@
 """Position-keyed sampling: token = argmax(logits / T + Gumbel noise keyed by (seed, position)).
 
-The one dispatcher: CUDA tensors go to the Triton kernels, all others to the reference. It imports
-Triton on the first CUDA call, so a machine without Triton still samples. Both draw the same bits.
+The one dispatcher: CUDA tensors go to the Triton kernels, float32 on a CPU with AMX to ``sample.cpp``, all
+others to the reference. It imports Triton on the first CUDA call, so a machine without Triton still
+samples. All draw the same bits; logarithms, and so near ties, agree within rounding.
 """
 
 import torch
 
+from kernels.gumbel_sample.native import native_sample
 from kernels.gumbel_sample.reference import (
     GUMBEL_MAX,
     GUMBEL_MIN,
+    check_arguments,
     gumbel_noise,
     gumbel_sample_reference,
     truncation_threshold,
@@ -44,7 +47,7 @@ def gumbel_sample(
         lane: Stream at this position, in [0, 2**32).
         draws: ([U] int64 rows, [B] int64 places among these), where the caller knows that rows have their seed and
             position in common, as siblings in a token tree do: row b's are those of row rows[places[b]]. Noise that
-            is drawn into memory is then drawn once. On CUDA it is drawn in registers, and this has no effect.
+            is drawn into memory is then drawn once. Kernels draw it in registers: this has no effect on them.
 
     Returns:
         (tokens [B] int64, logprobs [B] float32).
@@ -58,6 +61,12 @@ def gumbel_sample(
         return gumbel_sample_triton(
             logits, seeds=seeds, positions=positions, temperature=temperature, threshold=threshold, lane=lane
         )
+    if logits.dtype == torch.float32 and (native := native_sample()) is not None:
+        check_arguments(logits, seeds, positions, temperature, threshold, lane, with_ranges=False)
+        drawn = native(logits, seeds, positions, temperature, threshold, lane)
+        if drawn is not None:
+            return drawn
+        check_arguments(logits, seeds, positions, temperature, threshold, lane)
     return gumbel_sample_reference(
         logits, seeds=seeds, positions=positions, temperature=temperature, threshold=threshold, lane=lane, draws=draws
     )

@@ -288,6 +288,7 @@ def check_arguments(
     temperature: torch.Tensor,
     threshold: torch.Tensor | None,
     lane: int,
+    with_ranges: bool = True,
 ) -> None:
     """Raise ValueError unless the arguments of a sampler fit; ranges of CUDA tensors are not read."""
     _check_logits(logits)
@@ -298,7 +299,7 @@ def check_arguments(
         _check_vector("threshold", threshold, logits, torch.float32)
     if not 0 <= lane < 2**32:
         raise ValueError(f"lane: got {lane}, expected a value in [0, 2**32)")
-    if logits.device.type == "cpu":
+    if with_ranges and logits.device.type == "cpu":
         _check_range("seeds", seeds, seeds >= 0, "values in [0, 2**63)")
         _check_range("positions", positions, positions >= 0, "values of at least 0")
         _check_temperature(temperature)

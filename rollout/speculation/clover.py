@@ -50,15 +50,21 @@ class TargetLayers:
     Attributes:
         embed: int64 [...] tokens → [..., H], the input embedding.
         logits: [..., H] what the output head reads → [..., V].
+        matrices: The two matrices [V, H], where the layers are no more than these.
     """
 
     embed: Callable[[torch.Tensor], torch.Tensor]
     logits: Callable[[torch.Tensor], torch.Tensor]
+    matrices: tuple[torch.Tensor, torch.Tensor] | None = None
 
     @classmethod
     def of(cls, embedding: torch.Tensor, head: torch.Tensor) -> TargetLayers:
         """From the two matrices [V, H], which may change in place afterwards."""
-        return cls(embed=lambda tokens: F.embedding(tokens, embedding), logits=lambda rows: F.linear(rows, head))
+        return cls(
+            embed=lambda tokens: F.embedding(tokens, embedding),
+            logits=lambda rows: F.linear(rows, head),
+            matrices=(embedding, head),
+        )
 
 
 class RootMeanSquareNorm(nn.Module):
@@ -226,9 +232,7 @@ class CloverDraft(nn.Module):
         Raises:
             InvalidRequest: The numbers of rows differ.
         """
-        if min(counts, default=1) < 1 or not sum(counts) == len(tokens) == len(hidden):
-            got = f"counts {list(counts)}, {len(tokens)} tokens, {len(hidden)} hidden states"
-            raise InvalidRequest("rows of accepted tokens", got, "as many tokens and hidden states as counted")
+        check_rows(counts, tokens, hidden)
         positions = [s.position + 1 + i for s, count in zip(states, counts, strict=True) for i in range(count)]
         state = self._mix(hidden, target.embed(tokens))
         rotation = self._rotation(torch.tensor(positions, device=hidden.device), state.dtype)
@@ -285,6 +289,17 @@ class CloverDraft(nn.Module):
         exponents = torch.arange(0, width, 2, dtype=torch.float32, device=positions.device) / -width
         angles = (positions.unsqueeze(-1) * self.config.rope_theta**exponents).unsqueeze(-2)
         return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def check_rows(counts: Sequence[int], tokens: torch.Tensor, hidden: torch.Tensor) -> None:
+    """Refuse what `CloverDraft.extend` cannot take in.
+
+    Raises:
+        InvalidRequest: The numbers of rows differ.
+    """
+    if min(counts, default=1) < 1 or not sum(counts) == len(tokens) == len(hidden):
+        got = f"counts {list(counts)}, {len(tokens)} tokens, {len(hidden)} hidden states"
+        raise InvalidRequest("rows of accepted tokens", got, "as many tokens and hidden states as counted")
 
 
 def _rotate(rows: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:

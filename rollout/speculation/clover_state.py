@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from kernels.clover_draft import DraftMemory
 from rollout.errors import InvalidRequest
 from rollout.speculation.clover_config import DraftConfig
 
@@ -81,6 +82,12 @@ class DraftState:
         if old is not None:
             memory[..., : self.length, :] = old[..., : self.length, :]
         self._memory = memory
+
+    def place_for(self, config: DraftConfig, count: int, like: torch.Tensor) -> DraftMemory:
+        """Memory with room for `count` more tokens, for who writes them to every layer at once."""
+        self.reserve(config, count, like)
+        assert self._memory is not None
+        return DraftMemory(rows=self._memory, length=self.length, count=count, position=self.position + 1)
 
     def write(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Put rows [count, K, D] behind those in memory; returns all keys and values [K, L, D] of the layer."""

@@ -13,13 +13,14 @@ Shape legend: B requests, W nodes in a layer, D depth, N = W · D nodes, H hidde
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 
+from kernels.clover_draft import DraftShape, NativeDraft
 from kernels.gumbel_sample import gumbel_noise, truncation_threshold
 from rollout.errors import InvalidRequest
-from rollout.speculation.clover import CloverDraft, TargetLayers
+from rollout.speculation.clover import FEW_ROWS, CloverDraft, TargetLayers, check_rows
 from rollout.speculation.clover_state import DraftState
 from rollout.speculation.growth import ScoredTree, best_tree
 from rollout.speculation.tree import check_limits
@@ -138,6 +139,9 @@ def grow_beams(
 class CloverProposer:
     """Drafts for running requests. Owns nothing but the model: states belong to the caller, by request.
 
+    In bfloat16 on a CPU with AMX, steps run on `kernels.clover_draft`; prefills, and requests with top-k or top-p, on
+    the model itself.
+
     Args:
         draft: The model, on the device of the hidden states.
         target: The layers it shares; where their matrices change in place, nothing needs to be told.
@@ -146,13 +150,21 @@ class CloverProposer:
 
     def __init__(self, draft: CloverDraft, target: TargetLayers, source: int = 1) -> None:
         self.draft, self._target, self._source = draft.eval(), target, source
+        self._native = _native(draft, target)
 
     @torch.inference_mode()
     def extend(
         self, states: Sequence[DraftState], counts: Sequence[int], tokens: torch.Tensor, hidden: torch.Tensor
     ) -> None:
         """Take in accepted or prefilled tokens: see `CloverDraft.extend`."""
-        self.draft.extend(states, counts, tokens, hidden, self._target)
+        if self._native is None or max(counts, default=0) > FEW_ROWS:
+            self.draft.extend(states, counts, tokens, hidden, self._target)
+            return
+        check_rows(counts, tokens, hidden)
+        config = self.draft.config
+        places = [one.place_for(config, count, hidden) for one, count in zip(states, counts, strict=True)]
+        for one, count, root in zip(states, counts, self._native.extend(places, tokens, hidden), strict=True):
+            one.advance(count, root)
 
     def propose(
         self,
@@ -186,17 +198,40 @@ class CloverProposer:
         if not states:
             return []
         positions = torch.tensor([state.position for state in states], device=roots[0].device)
-        beams = grow_beams(
-            self.draft,
-            self._target,
-            torch.stack(roots),
-            sampling.noise(positions, max_depth, self.draft.config.vocab_size),
-            sampling,
-            max_width=max_width,
-            budget=max(budgets),
-        )
+        beams = self._grow(torch.stack(roots), positions, sampling, max_width, max_depth, max(budgets))
         rows = zip(beams.tokens.tolist(), beams.parents.tolist(), beams.scores.tolist(), budgets, strict=True)
         return [
             best_tree(tokens, parents, scores, max_width=max_width, budget=budget, source=self._source)
             for tokens, parents, scores, budget in rows
         ]
+
+    def _grow(
+        self,
+        roots: torch.Tensor,
+        positions: torch.Tensor,
+        sampling: DraftSampling,
+        max_width: int,
+        max_depth: int,
+        budget: int,
+    ) -> Beams:
+        if self._native is not None and sampling.top_k is None and sampling.top_p is None:
+            tokens, parents, scores = self._native.grow(
+                roots,
+                sampling.seeds,
+                positions,
+                sampling.temperature,
+                max_depth=max_depth,
+                max_width=max_width,
+                budget=budget,
+            )
+            return Beams(tokens=tokens, parents=parents, scores=scores, max_width=max_width)
+        noise = sampling.noise(positions, max_depth, self.draft.config.vocab_size)
+        return grow_beams(self.draft, self._target, roots, noise, sampling, max_width=max_width, budget=budget)
+
+
+def _native(draft: CloverDraft, target: TargetLayers) -> NativeDraft | None:
+    """The same draft on `kernels.clover_draft`, where that runs."""
+    if target.matrices is None:
+        return None
+    shape = DraftShape(**{field.name: getattr(draft.config, field.name) for field in fields(DraftShape)})
+    return NativeDraft.of(shape, dict(draft.named_parameters()), *target.matrices)

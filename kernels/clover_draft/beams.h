@@ -1,0 +1,80 @@
+// The likeliest children of a layer of nodes, and the likeliest of these.
+
+#pragma once
+
+#include <algorithm>
+#include <limits>
+
+#include "../gumbel_sample/noise.h"
+#include "layers.h"
+
+namespace {
+
+struct Candidate {
+  float score;  // of a token; log-probability of a path
+  int64_t token, parent;
+};
+
+// Keeps the `width` best of what it is offered, best first; of equals the one that came first.
+class Best {
+ public:
+  explicit Best(int64_t width) : width_(width) {}
+
+  float floor() const {
+    return static_cast<int64_t>(kept_.size()) < width_ ? -std::numeric_limits<float>::infinity() : kept_.back().score;
+  }
+  void offer(const Candidate& one) {
+    if (static_cast<int64_t>(kept_.size()) == width_) {
+      if (!(one.score > kept_.back().score)) return;
+      kept_.pop_back();
+    }
+    kept_.insert(std::upper_bound(kept_.begin(), kept_.end(), one,
+                                  [](const Candidate& a, const Candidate& b) { return a.score > b.score; }),
+                 one);
+  }
+  const std::vector<Candidate>& kept() const { return kept_; }
+
+ private:
+  int64_t width_;
+  std::vector<Candidate> kept_;
+};
+
+// Offers the best children of a node: log-softmax of logit_weight · logits + noise_weight · T · noise, onto `path`.
+// scores [V] is overwritten.
+inline void offer_children(const uint16_t* logits, int64_t vocabulary, const float* drawn, float logit_weight,
+                           float noise_weight, float path, int64_t parent, Floats& scores, Best& children) {
+  __m512 most = constant(-std::numeric_limits<float>::infinity());
+  for (int64_t token = 0; token < vocabulary; token += kVector) {
+    const __m512 score = _mm512_fmadd_ps(constant(noise_weight), load(drawn + token),
+                                         _mm512_mul_ps(constant(logit_weight), load(logits + token)));
+    store(&scores[token], score);
+    most = _mm512_max_ps(most, score);
+  }
+  const float largest = _mm512_reduce_max_ps(most);
+  __m512 total = _mm512_setzero_ps();
+  for (int64_t token = 0; token < vocabulary; token += kVector)
+    total = _mm512_add_ps(total, exp(_mm512_sub_ps(load(&scores[token]), constant(largest))));
+  const float shift = path - largest - std::log(_mm512_reduce_add_ps(total));
+  for (int64_t token = 0; token < vocabulary; token += kVector) {
+    const __m512 score = _mm512_add_ps(load(&scores[token]), constant(shift));
+    __mmask16 better = _mm512_cmp_ps_mask(score, constant(children.floor()), _CMP_GT_OQ);
+    alignas(64) float lanes[kVector];
+    if (better) _mm512_store_ps(lanes, score);
+    for (; better; better &= better - 1) {
+      const int lane = __builtin_ctz(better);
+      children.offer({lanes[lane], token + lane, parent});
+    }
+  }
+}
+
+// T · Gumbel noise of a position, [V] rounded up to whole groups of tokens.
+inline void draw(const Key& key, float temperature, int64_t vocabulary, Floats& out) {
+  for (int64_t start = 0; start < vocabulary; start += kNoiseTokens) {
+    __m512 drawn[4];
+    noise(key, start, drawn);
+    for (int64_t part = 0; part < 4; ++part)
+      store(&out[start + part * kVector], _mm512_mul_ps(constant(temperature), drawn[part]));
+  }
+}
+
+}  // namespace

@@ -1,0 +1,244 @@
+// A Clover-2 draft model in bfloat16 on a CPU with AMX: taking in accepted tokens, and growing trees.
+//
+// A draft of a small model is a hundred operations of some microseconds each, most of which is calling them. Here a
+// step is two calls. The definition is rollout/speculation/clover.py and clover_trees.py; between products this keeps
+// floats where torch rounds to bfloat16.
+
+#include <cstring>
+
+#include "beams.h"
+#include "block.h"
+
+namespace {
+
+// As kernels/clover_draft/__init__.py lays them out.
+struct Sizes {
+  int64_t vocabulary, size, layers, heads, kv_heads, width, inner, depths;
+};
+
+// Hands out pointers in the order of their names.
+struct Tensors {
+  const uint16_t* const* next;
+
+  const uint16_t* one() { return *next++; }
+  Linear linear(bool has_bias) {
+    const uint16_t* weight = one();
+    return {weight, has_bias ? one() : nullptr};
+  }
+  Decoder decoder() {
+    const uint16_t* norm = one();
+    const Linear query = linear(true);
+    return {norm, query, linear(true)};
+  }
+  BlockLayer layer() {
+    BlockLayer found{};
+    found.input_norm = one();
+    found.qkv = linear(false);
+    found.q_norm = one();
+    found.k_norm = one();
+    found.o = linear(false);
+    found.post_norm = one();
+    found.gate_up = linear(false);
+    found.down = linear(false);
+    return found;
+  }
+};
+
+struct Draft {
+  Sizes sizes;
+  Decoder extract;
+  std::vector<BlockLayer> layers;
+  const uint16_t* block_norm;
+  Decoder regress;
+  Linear root_project, state_project, token_project;
+  const uint16_t* head_norm;
+  const uint16_t *trust, *trust_bias, *trust_by_depth;  // [2, H], [2], [depths, 2]
+  const uint16_t *embedding, *head;                     // [V, H], the target's
+
+  Draft(const uint16_t* const* tensors, const int64_t* numbers) {
+    std::memcpy(&sizes, numbers, sizeof(sizes));
+    Tensors from{tensors};
+    extract = from.decoder();
+    for (int64_t layer = 0; layer < sizes.layers; ++layer) layers.push_back(from.layer());
+    block_norm = from.one();
+    regress = from.decoder();
+    root_project = from.linear(true);
+    state_project = from.linear(true);
+    token_project = from.linear(false);
+    head_norm = from.one();
+    trust = from.one();
+    trust_bias = from.one();
+    trust_by_depth = from.one();
+    embedding = from.one();
+    head = from.one();
+  }
+};
+
+inline float widened(uint16_t half) {
+  const uint32_t bits = static_cast<uint32_t>(half) << 16;
+  float value;
+  std::memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+
+inline float softplus(float x) { return x > 20 ? x : std::log1p(std::exp(x)); }
+
+struct Request {
+  int64_t seed, position;
+  float temperature;
+};
+
+// Trees of B requests, layer by layer; owns what one layer hands to the next.
+class Growth {
+ public:
+  Growth(const Draft& draft, const std::vector<Request>& requests, const uint16_t* roots, int64_t width)
+      : draft_(draft),
+        requests_(requests),
+        width_(width),
+        states_(requests.size() * draft.sizes.size),
+        scores_(draft.sizes.vocabulary),
+        noise_((draft.sizes.vocabulary + kNoiseTokens - 1) / kNoiseTokens * kNoiseTokens) {
+    for (size_t i = 0; i < states_.size(); i += kVector) store(&states_[i], load(roots + i));
+    for (size_t b = 0; b < requests.size(); ++b) layer_.push_back({{0.0f, 0, 0}});
+  }
+
+  // The nodes of the next layer, by request.
+  const std::vector<std::vector<Candidate>>& grow() {
+    const Sizes& s = draft_.sizes;
+    const Halves output = depth_ == 0 ? root_output() : node_output();
+    const Halves logits = Linear{draft_.head, nullptr}(output, s.size, s.vocabulary);
+    int64_t row = 0;
+    for (size_t b = 0; b < requests_.size(); ++b) {
+      const Request& request = requests_[b];
+      draw({static_cast<uint64_t>(request.seed), static_cast<uint64_t>(request.position + 1 + depth_), 0},
+           request.temperature, s.vocabulary, noise_);
+      Best children(width_);
+      for (int64_t parent = 0; parent < static_cast<int64_t>(layer_[b].size()); ++parent, ++row) {
+        const uint16_t* read = &output[row * s.size];
+        offer_children(&logits[row * s.vocabulary], s.vocabulary, noise_.data(), trusted(read, 0), trusted(read, 1),
+                       layer_[b][parent].score, parent, scores_, children);
+      }
+      layer_[b] = children.kept();
+    }
+    ++depth_;
+    return layer_;
+  }
+
+ private:
+  // How much the logits (0) and the noise (1) count.
+  float trusted(const uint16_t* output, int64_t which) const {
+    const int64_t size = draft_.sizes.size, depth = std::min(depth_, draft_.sizes.depths - 1);
+    return softplus(dot(output, draft_.trust + which * size, size) + widened(draft_.trust_bias[which]) +
+                    widened(draft_.trust_by_depth[2 * depth + which]));
+  }
+
+  Halves root_output() const {
+    const int64_t size = draft_.sizes.size;
+    return normalised(draft_.root_project(rounded(states_), size, size), draft_.head_norm, size);
+  }
+
+  // Mixes the nodes of the layer into the states of their parents.
+  Halves node_output() {
+    const int64_t size = draft_.sizes.size;
+    std::vector<int64_t> tokens;
+    Floats states;
+    int64_t first = 0;  // row of the request's first parent
+    for (size_t b = 0; b < requests_.size(); ++b) {
+      for (const Candidate& node : layer_[b]) {
+        tokens.push_back(node.token);
+        const auto parent = states_.begin() + (first + node.parent) * size;
+        states.insert(states.end(), parent, parent + size);
+      }
+      first += parents_.empty() ? 1 : parents_[b];
+    }
+    parents_.clear();
+    for (const auto& nodes : layer_) parents_.push_back(static_cast<int64_t>(nodes.size()));
+    states_ = std::move(states);
+    const Halves token = looked_up(draft_.embedding, tokens.data(), static_cast<int64_t>(tokens.size()), size);
+    draft_.regress.mix(states_, token, size, draft_.sizes.heads);
+    Floats sum(states_.size());
+    add(sum, draft_.state_project(rounded(states_), size, size));
+    add(sum, draft_.token_project(token, size, size));
+    return normalised(sum, draft_.head_norm, size);
+  }
+
+  const Draft& draft_;
+  const std::vector<Request>& requests_;
+  int64_t width_, depth_ = 0;
+  Floats states_;                              // of the nodes of layer_, or of the roots
+  std::vector<std::vector<Candidate>> layer_;  // by request
+  std::vector<int64_t> parents_;               // rows of states_, by request; empty while these are the roots
+  Floats scores_, noise_;
+};
+
+// The score that a node needs to be among the `budget` best of a tree.
+float floor_of(std::vector<float> scores, int64_t budget) {
+  std::nth_element(scores.begin(), scores.begin() + budget - 1, scores.end(), std::greater<>());
+  return scores[budget - 1];
+}
+
+}  // namespace
+
+// Trees of `count` requests from their roots [count, H]: `width` nodes in each layer, at most `depth` layers, fewer
+// where none of another would be among the `budget` best of any tree. tokens, parents and scores are
+// [count, depth * width]; parents as in rollout/speculation/tree.py. Returns the layers grown.
+extern "C" int64_t grow(const uint16_t* const* tensors, const int64_t* sizes, const uint16_t* roots, int64_t count,
+                        const int64_t* seeds, const int64_t* positions, const float* temperature, int64_t depth,
+                        int64_t width, int64_t budget, int64_t* tokens, int64_t* parents, float* scores) {
+  const Draft draft(tensors, sizes);
+  std::vector<Request> requests;
+  for (int64_t b = 0; b < count; ++b) requests.push_back({seeds[b], positions[b], temperature[b]});
+  Growth growth(draft, requests, roots, width);
+  std::vector<std::vector<float>> grown(count);
+  for (int64_t layer = 0; layer < depth; ++layer) {
+    const auto& nodes = growth.grow();
+    bool is_full = (layer + 1) * width >= budget;
+    for (int64_t b = 0; b < count; ++b) {
+      for (int64_t place = 0; place < width; ++place) {
+        const int64_t at = (b * depth + layer) * width + place;
+        tokens[at] = nodes[b][place].token;
+        parents[at] = layer ? nodes[b][place].parent + 1 + (layer - 1) * width : 0;
+        scores[at] = nodes[b][place].score;
+        grown[b].push_back(scores[at]);
+      }
+      is_full = is_full && nodes[b][0].score <= floor_of(grown[b], budget);
+    }
+    if (is_full) return layer + 1;
+  }
+  return depth;
+}
+
+// Takes `rows` tokens and the target's hidden states [rows, H] into the memories of `count` sequences, one after the
+// other; memory m is memories[m], of shape [layers, 2, K, capacity, D], and numbers[m] are its capacity, length, new
+// rows and the position of the first of these. roots [count, H] are the block's last states.
+extern "C" void extend(const uint16_t* const* tensors, const int64_t* sizes, float rope_theta, int64_t count,
+                       uint16_t* const* memories, const int64_t* numbers, const int64_t* tokens,
+                       const uint16_t* hidden, uint16_t* roots) {
+  const Draft draft(tensors, sizes);
+  const Sizes& s = draft.sizes;
+  const BlockShape shape{s.size, s.heads, s.kv_heads, s.width, s.inner, rope_theta};
+  std::vector<Memory> all;
+  Floats cosines, sines;
+  for (int64_t m = 0; m < count; ++m) {
+    const int64_t* n = numbers + 4 * m;
+    all.push_back({memories[m], n[0], n[1], n[2], n[3]});
+    for (int64_t row = 0; row < n[2]; ++row)
+      for (int64_t i = 0; i < s.width / 2; ++i) {
+        const float angle = static_cast<float>(n[3] + row) *
+                            std::pow(rope_theta, -2.0f * static_cast<float>(i) / static_cast<float>(s.width));
+        cosines.push_back(std::cos(angle));
+        sines.push_back(std::sin(angle));
+      }
+  }
+  const auto rows = static_cast<int64_t>(cosines.size()) / (s.width / 2);
+  Floats state(rows * s.size);
+  for (size_t i = 0; i < state.size(); i += kVector) store(&state[i], load(hidden + i));
+  draft.extract.mix(state, looked_up(draft.embedding, tokens, rows, s.size), s.size, s.heads);
+  for (int64_t layer = 0; layer < s.layers; ++layer)
+    draft.layers[layer].forward(state, all, layer, cosines, sines, shape);
+  int64_t row = -1;
+  for (int64_t m = 0; m < count; ++m) {
+    row += all[m].count;
+    normalise(&state[row * s.size], draft.block_norm, s.size, roots + m * s.size);
+  }
+}

@@ -1,0 +1,184 @@
+"""The compiled Clover-2 draft: nearer to the model in float32 than torch's bfloat16 is, with its limits and memory.
+
+Errors are compared with those that torch makes on the same bfloat16 weights, since both round what goes into a product
+and torch rounds more: no bound of our own is needed.
+"""
+
+import copy
+
+import pytest
+import torch
+
+from kernels.clover_draft import DraftShape, NativeDraft
+from rollout.speculation.clover import CloverDraft, TargetLayers
+from rollout.speculation.clover_config import DraftConfig
+from rollout.speculation.clover_state import DraftState
+from rollout.speculation.clover_trees import Beams, CloverProposer, DraftSampling
+from tests.kernels.native_cases import needs_amx
+
+pytestmark = needs_amx
+
+VOCAB, HIDDEN, REQUESTS = 208, 96, 24
+
+
+def draft_in(dtype: torch.dtype, num_heads: int = 3, num_kv_heads: int = 1) -> tuple[CloverDraft, TargetLayers]:
+    """A draft of random parameters that bfloat16 holds, and the target's two matrices."""
+    torch.manual_seed(5)
+    config = DraftConfig(
+        vocab_size=VOCAB,
+        hidden_size=HIDDEN,
+        num_layers=2,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=32,
+        intermediate_size=160,
+        num_steps=3,
+    )
+    draft = CloverDraft(config)
+    draft.load({name: torch.randn_like(one).mul_(0.1).bfloat16().float() for name, one in draft.state_dict().items()})
+    for norm in (one for name, one in draft.named_parameters() if "norm" in name):
+        norm.data.add_(1.0)
+    embedding, head = (torch.randn(VOCAB, HIDDEN).bfloat16() for _ in range(2))
+    return draft.bfloat16().to(dtype).requires_grad_(False), TargetLayers.of(embedding.to(dtype), head.to(dtype))
+
+
+def proposers() -> dict[str, CloverProposer]:
+    """The compiled one, torch's in bfloat16, and torch's in float32 on the same values."""
+    found = {"native": CloverProposer(*draft_in(torch.bfloat16)), "torch": CloverProposer(*draft_in(torch.bfloat16))}
+    assert found["native"]._native is not None
+    found["torch"]._native = None
+    return found | {"exact": CloverProposer(*draft_in(torch.float32))}
+
+
+def run(proposer: CloverProposer, lengths: list[int], more: list[int]) -> list[DraftState]:
+    """States of sequences of these lengths, to which some more tokens are added afterwards."""
+    generator = torch.Generator().manual_seed(9)
+    dtype = proposer.draft.root_project.weight.dtype
+    states = [DraftState.at(place) for place in range(len(lengths))]  # not all begin at 0
+    for counts in (lengths, more):
+        rows = sum(counts)
+        tokens = torch.randint(0, VOCAB, (rows,), generator=generator)
+        hidden = torch.randn(rows, HIDDEN, generator=generator).bfloat16().to(dtype)
+        proposer.extend(states, counts, tokens, hidden)
+    return states
+
+
+def grown(proposer: CloverProposer, states: list[DraftState], depth: int = 4, budget: int = 100) -> Beams:
+    count = len(states)
+    sampling = DraftSampling(
+        seeds=torch.arange(count) * 2**40 + 3,
+        temperature=torch.linspace(0.0, 1.3, count),
+    )
+    roots = torch.stack([state.root for state in states if state.root is not None])
+    positions = torch.tensor([state.position for state in states])
+    return proposer._grow(roots, positions, sampling, 4, depth, budget)
+
+
+def paths(beams: Beams, request: int) -> dict[tuple[int, ...], float]:
+    """Scores by the tokens from the root."""
+    rows: list[tuple[int, ...]] = [()]
+    found = {}
+    for token, parent, score in zip(
+        beams.tokens[request].tolist(), beams.parents[request].tolist(), beams.scores[request].tolist(), strict=True
+    ):
+        rows.append((*rows[parent], token))
+        found[rows[-1]] = score
+    return found
+
+
+def test_roots_and_memory_are_nearer_to_float32_than_torchs() -> None:
+    lengths = [1 + 7 * place % 60 for place in range(REQUESTS)]
+    more = [1 + place % 6 for place in range(REQUESTS)]
+    states = {name: run(proposer, lengths, more) for name, proposer in proposers().items()}
+    errors = {}
+    for name in ("native", "torch"):
+        pairs = list(zip(states[name], states["exact"], strict=True))
+        assert [one.position for one, _ in pairs] == [other.position for _, other in pairs]
+        roots = torch.stack([one.root.float() - other.root for one, other in pairs])
+        kept = [(one._memory, other._memory, one.length) for one, other in pairs]
+        memory = torch.cat([(a[..., :n, :].float() - b[..., :n, :]).flatten() for a, b, n in kept])
+        errors[name] = roots.square().mean().sqrt().item(), memory.square().mean().sqrt().item()
+    assert errors["native"][0] <= errors["torch"][0] and errors["native"][1] <= errors["torch"][1], errors
+    assert 0 < errors["torch"][0] < 0.2, "a root has length 1 a feature: the comparison means something"
+
+
+def test_trees_are_nearer_to_float32_than_torchs() -> None:
+    lengths = [2 + 5 * place % 30 for place in range(REQUESTS)]
+    trees = {name: grown(one, run(one, lengths, [2] * REQUESTS)) for name, one in proposers().items()}
+    assert trees["native"].tokens.shape == trees["exact"].tokens.shape == (REQUESTS, 16)
+    common, errors = {}, {}
+    for name in ("native", "torch"):
+        pairs = [(paths(trees[name], r), paths(trees["exact"], r)) for r in range(REQUESTS)]
+        both = [(found[path], exact[path]) for found, exact in pairs for path in found.keys() & exact.keys()]
+        common[name] = len(both)
+        errors[name] = sum(abs(a - b) for a, b in both) / len(both)
+    assert errors["native"] <= errors["torch"], errors
+    misses = {name: REQUESTS * 16 - count for name, count in common.items()}
+    assert misses["torch"] < REQUESTS * 2, "the comparison means something"
+    # Near ties fall either way: a difference of two counts is within three deviations of a difference of Poisson ones.
+    assert misses["native"] - misses["torch"] <= 3 * sum(misses.values()) ** 0.5, misses
+
+
+def test_growth_ends_where_no_node_could_enter() -> None:
+    found = proposers()
+    lengths = [6] * 3
+    for budget in (1, 3, 7):
+        shapes = {name: grown(one, run(one, lengths, [1] * 3), 9, budget).tokens.shape for name, one in found.items()}
+        assert shapes["native"] == shapes["exact"], budget
+    assert shapes["native"][1] < 36
+
+
+def test_it_computes_with_the_weights_as_they_are_now() -> None:
+    draft, layers = draft_in(torch.bfloat16)
+    proposer = CloverProposer(draft, layers)
+    states = run(proposer, [5, 6], [1, 1])
+    before = grown(proposer, states)
+    draft.load({name: one.roll(1, 0) if name == "state_project.weight" else one for name, one in state_of(draft)})
+    changed = grown(proposer, states)
+    assert torch.equal(before.scores[:, :4], changed.scores[:, :4]), "the first layer does not read it"
+    assert not torch.equal(before.scores, changed.scores)
+    assert layers.matrices is not None
+    layers.matrices[1].neg_()
+    assert not torch.equal(grown(proposer, states).scores[:, :4], before.scores[:, :4])
+
+
+def state_of(draft: CloverDraft) -> list[tuple[str, torch.Tensor]]:
+    return [(name, one.clone()) for name, one in draft.state_dict().items()]
+
+
+def test_a_request_is_drafted_for_alike_in_any_batch() -> None:
+    proposer = CloverProposer(*draft_in(torch.bfloat16))
+    states = run(proposer, [5, 9, 40], [1, 2, 3])
+    seeds, temperature = torch.tensor([1, 2, 3]), torch.tensor([1.0, 0.0, 0.7])
+    how = DraftSampling(seeds=seeds, temperature=temperature)
+    together = proposer.propose(states, how, [9, 9, 9], max_width=4, max_depth=5)
+    for place in range(3):
+        one = DraftSampling(seeds=seeds[place : place + 1], temperature=temperature[place : place + 1])
+        (alone,) = proposer.propose(states[place : place + 1], one, [9], max_width=4, max_depth=5)
+        assert alone.tree == together[place].tree and (alone.scores == together[place].scores).all()
+
+
+def test_prefills_and_cuts_are_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    proposer = CloverProposer(*draft_in(torch.bfloat16))
+    states = run(proposer, [5, 33], [1, 1])
+    with monkeypatch.context() as patched:
+        patched.setattr(proposer, "_native", None)
+        expected = run(proposer, [5, 33], [1, 1])
+    for one, other in zip(states, expected, strict=True):
+        assert one.length == other.length and one.position == other.position
+    how = DraftSampling(seeds=torch.arange(2), temperature=torch.ones(2), top_k=torch.tensor([1, 0]))
+    trees = proposer.propose(states, how, [12, 12], max_width=4, max_depth=3)
+    assert trees[0].tree.widths().tolist() == [1, 1, 1] and trees[1].num_nodes == 12
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("hidden_size", 80), ("intermediate_size", 100), ("head_dim", 16), ("vocab_size", 201)]
+)
+def test_shapes_that_are_no_whole_vectors_are_refused(name: str, value: int) -> None:
+    draft, layers = draft_in(torch.bfloat16)
+    numbers = {field: getattr(draft.config, field) for field in DraftShape.__dataclass_fields__}
+    assert DraftShape(**numbers).fits and not DraftShape(**(numbers | {name: value})).fits
+    assert layers.matrices is not None
+    tensors = dict(draft.named_parameters())
+    assert NativeDraft.of(DraftShape(**(numbers | {name: value})), tensors, *layers.matrices) is None
+    assert NativeDraft.of(DraftShape(**numbers), copy.deepcopy(draft).float().state_dict(), *layers.matrices) is None
