@@ -33,6 +33,7 @@ from launch.arguments import split_arguments
 from launch.chaos_campaign import POLL_S, Bounds, Campaign, Kill, line
 from launch.chaos_operator import Life, Operator
 from launch.chaos_verdict import Ledger, Ties, failures, num_duplicated, num_lost, read_ledger, sameness
+from launch.chaos_victims import numbers_of
 from launch.compose import compose
 from launch.counting_scheduler import FOLDER_KEY, CountingAsyncScheduler, CountingScheduler
 from launch.near_ties import near_tie
@@ -118,7 +119,7 @@ def campaign(options: Options, overrides: Sequence[str], folder: Path) -> dict[s
     bounds = Bounds(max_delay_s=options.gap_s, notice_s=options.notice_s, recovery_s=options.recovery_s)
     counts = folder / "disturbed-tokens"
     with Operator(counted(overrides, config, counts), folder / "disturbed") as operator:
-        kills = Campaign(operator, options.seed, bounds, folder / "kills.jsonl", _say)
+        kills = Campaign(operator, numbers_of(config), options.seed, bounds, folder / "kills.jsonl", _say)
         kills.run(options.kills, config.trainer.num_steps)
         lives = operator.lives
     disturbed = read_ledger(operator.run_dir, operator.journal)

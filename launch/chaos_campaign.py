@@ -12,7 +12,7 @@ import json
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -75,14 +75,24 @@ class Campaign:
 
     Args:
         operator: Of the run.
+        numbers: Processes of each kind when all are there.
         seed: Decides whom and when.
         bounds: Times.
         path: kills.jsonl.
         say: Told what happens, in words.
     """
 
-    def __init__(self, operator: Operator, seed: int, bounds: Bounds, path: Path, say: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        operator: Operator,
+        numbers: Mapping[Kind, int],
+        seed: int,
+        bounds: Bounds,
+        path: Path,
+        say: Callable[[str], None],
+    ) -> None:
         self._operator, self._bounds, self._path, self._say = operator, bounds, path, say
+        self._numbers = numbers
         self._plan: Iterator[Strike] = plan(seed, bounds.max_delay_s)
         self.kills = read_kills(path)
 
@@ -124,7 +134,7 @@ class Campaign:
         found = self._find(strike)
         if found is None:
             return None
-        victim, title, numbers = found
+        victim, title = found
         standing, began = self._operator.standing(), time.monotonic()
         num_lives = len(self._operator.lives)
         self._say(f"kill {len(self.kills) + 1}: {strike.signal.name} to {strike.kind.value} ({title})")
@@ -133,7 +143,7 @@ class Campaign:
             time.sleep(self._bounds.notice_s)
             if not is_gone(victim):
                 victim.kill()
-        has_recovered = self._recovers(victim, numbers, began + self._bounds.recovery_s)
+        has_recovered = self._recovers(victim, began + self._bounds.recovery_s)
         if not has_recovered:
             self._operator.end_life()
             self._operator.look()
@@ -152,23 +162,26 @@ class Campaign:
             num_left=len(left),
         )
 
-    def _find(self, strike: Strike) -> tuple[psutil.Process, str, dict[Kind, int]] | None:
-        """The victim, its title, and how many processes of each kind there are."""
+    def _find(self, strike: Strike) -> tuple[psutil.Process, str] | None:
+        """The victim and its title, once everybody is there."""
         while not self._operator.is_complete:
             if not self._operator.look():
                 there = by_kind(self._operator.pid)
-                if there[strike.kind]:
+                if self._is_whole(there):
                     victim = there[strike.kind][int(strike.draw * len(there[strike.kind]))]
                     try:
                         title = victim.cmdline()[0]
                     except (psutil.Error, IndexError):
                         continue  # it ended by itself
-                    return victim, title, {kind: len(some) for kind, some in there.items()}
+                    return victim, title
             time.sleep(POLL_S)
         return None
 
-    def _recovers(self, victim: psutil.Process, numbers: dict[Kind, int], deadline: float) -> bool:
-        """Wait until as many of each kind are there without the victim, and then for something durable."""
+    def _is_whole(self, there: Mapping[Kind, Sequence[psutil.Process]]) -> bool:
+        return all(len(there[kind]) >= number for kind, number in self._numbers.items())
+
+    def _recovers(self, victim: psutil.Process, deadline: float) -> bool:
+        """Wait until everybody is there without the victim, and then for something durable."""
         since: Standing | None = None
         while time.monotonic() < deadline:
             if self._operator.is_complete:
@@ -178,7 +191,7 @@ class Campaign:
             elif since is None:
                 there = by_kind(self._operator.pid)
                 others = {kind: [p for p in some if p.pid != victim.pid] for kind, some in there.items()}
-                if all(len(others[kind]) >= number for kind, number in numbers.items()):
+                if self._is_whole(others):
                     since = self._operator.standing()
             elif self._operator.standing() != since:
                 return True

@@ -14,6 +14,8 @@ from enum import Enum
 
 import psutil
 
+from rollout.config import RunConfig
+
 
 class Kind(str, Enum):
     """What is killed."""
@@ -38,6 +40,19 @@ SPAWNED = "multiprocessing.spawn"
 """In the command of an engine core that could not set its title, as one in some dozens cannot: a child of its shard."""
 NEEDS_OPERATOR = frozenset({Kind.TRAINER, Kind.DRIVER})
 """Stopped, they are found and killed by whoever looks after the run; where the driver dies, it is started again."""
+
+
+def numbers_of(config: RunConfig) -> dict[Kind, int]:
+    """Processes of each kind in a run when all are there; a moment after a death there may be more."""
+    num_shards = config.engine.num_all_shards
+    return {
+        Kind.SHARD: num_shards,
+        Kind.ENGINE_CORE: num_shards,
+        Kind.CONTROLLER: 1,
+        Kind.REWARD: config.scheduler.num_reward_workers,
+        Kind.TRAINER: config.trainer.num_ranks,
+        Kind.DRIVER: 1,
+    }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

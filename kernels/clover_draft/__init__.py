@@ -42,6 +42,7 @@ _REST = (
     "trust.bias",
     "trust_by_depth",
 )
+_DTYPES = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
 _MULTIPLE = 32
 """Input features of a tile, and twice the floats of a vector."""
 
@@ -78,7 +79,7 @@ class DraftMemory:
     """Keys and values of one sequence, and the rows that are to follow.
 
     Attributes:
-        rows: [layers, 2, K, capacity, D] bfloat16, contiguous, with room for them; they are written.
+        rows: [layers, 2, K, capacity, D] in the draft's dtype, contiguous, with room for them; they are written.
         length: Tokens in it.
         count: New rows.
         position: Of the first of them.
@@ -100,8 +101,9 @@ class NativeDraft:
     """
 
     def __init__(self, library: ctypes.CDLL, shape: DraftShape, tensors: Sequence[torch.Tensor]) -> None:
-        self._library, self._shape, self._tensors = library, shape, tuple(tensors)
-        self._numbers = shape.numbers()
+        self._shape, self._tensors, self._numbers = shape, tuple(tensors), shape.numbers()
+        name = _DTYPES[tensors[0].dtype]
+        self._grow, self._extend = (getattr(library, f"{call}_{name}") for call in ("grow", "extend"))
 
     @classmethod
     def of(
@@ -110,14 +112,15 @@ class NativeDraft:
         """The draft with these tensors, by name, and the target's [V, H] matrices.
 
         Returns:
-            None where they are not contiguous bfloat16 on a CPU with AMX, or their shapes no multiples of its vectors.
+            None where they are not contiguous, all of one dtype (bfloat16 or float32), on a CPU with AMX, or their
+            shapes no multiples of its vectors.
         """
         names = [f"extract.{name}" for name in _DECODER]
         names += [f"layers.{layer}.{name}" for layer in range(shape.num_layers) for name in _LAYER]
         names += ["block_norm.weight", *(f"regress.{name}" for name in _DECODER), *_REST]
         all_tensors = [*(tensors[name] for name in names), embedding, head]
-        is_plain = all(
-            one.dtype == torch.bfloat16 and one.device.type == "cpu" and one.is_contiguous() for one in all_tensors
+        is_plain = head.dtype in _DTYPES and all(
+            one.dtype == head.dtype and one.device.type == "cpu" and one.is_contiguous() for one in all_tensors
         )
         library = _library() if is_plain and shape.fits else None
         return None if library is None else cls(library, shape, all_tensors)
@@ -136,7 +139,7 @@ class NativeDraft:
         """Trees from roots, by logits and noise together, as `rollout.speculation.clover_trees.grow_beams`.
 
         Args:
-            roots: [B, H] bfloat16 states.
+            roots: [B, H] states, in the draft's dtype.
             seeds: [B] int64 keys of the noise.
             positions: [B] int64, of the roots.
             temperature: [B] float32; 0 is greedy.
@@ -151,7 +154,7 @@ class NativeDraft:
         width = min(max_width, self._shape.vocab_size)
         tokens = torch.empty(count, max_depth, width, dtype=torch.int64)
         parents, scores = torch.empty_like(tokens), torch.empty(tokens.shape, dtype=torch.float32)
-        depth = self._library.grow(
+        depth = self._grow(
             self._pointers(),
             self._numbers,
             roots.data_ptr(),
@@ -174,15 +177,15 @@ class NativeDraft:
         Args:
             memories: One for each request.
             tokens: int64 [R], rows one request after the other.
-            hidden: [R, H] bfloat16.
+            hidden: [R, H] in the draft's dtype.
 
         Returns:
-            [B, H] bfloat16, the roots.
+            [B, H], the roots.
         """
         tokens, hidden = tokens.contiguous(), hidden.contiguous()
-        roots = torch.empty(len(memories), self._shape.hidden_size, dtype=torch.bfloat16)
+        roots = torch.empty(len(memories), self._shape.hidden_size, dtype=hidden.dtype)
         numbers = [n for one in memories for n in (one.rows.shape[3], one.length, one.count, one.position)]
-        self._library.extend(
+        self._extend(
             self._pointers(),
             self._numbers,
             self._shape.rope_theta,
@@ -206,8 +209,10 @@ def _library() -> ctypes.CDLL | None:
     if library is None:
         return None
     pointer, number = ctypes.c_void_p, ctypes.c_int64
-    library.grow.argtypes = [pointer] * 3 + [number] + [pointer] * 3 + [number] * 3 + [pointer] * 3
-    library.grow.restype = number
-    library.extend.argtypes = [pointer, pointer, ctypes.c_float, number, *[pointer] * 5]
-    library.extend.restype = None
+    for name in _DTYPES.values():
+        grow, extend = getattr(library, f"grow_{name}"), getattr(library, f"extend_{name}")
+        grow.argtypes = [pointer] * 3 + [number] + [pointer] * 3 + [number] * 3 + [pointer] * 3
+        grow.restype = number
+        extend.argtypes = [pointer, pointer, ctypes.c_float, number, *[pointer] * 5]
+        extend.restype = None
     return library

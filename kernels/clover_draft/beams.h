@@ -41,7 +41,8 @@ class Best {
 
 // Offers the best children of a node: log-softmax of logit_weight · logits + noise_weight · T · noise, onto `path`.
 // scores [V] is overwritten.
-inline void offer_children(const uint16_t* logits, int64_t vocabulary, const float* drawn, float logit_weight,
+template <typename T>
+void offer_children(const T* logits, int64_t vocabulary, const float* drawn, float logit_weight,
                            float noise_weight, float path, int64_t parent, Floats& scores, Best& children) {
   __m512 most = constant(-std::numeric_limits<float>::infinity());
   for (int64_t token = 0; token < vocabulary; token += kVector) {
@@ -55,8 +56,9 @@ inline void offer_children(const uint16_t* logits, int64_t vocabulary, const flo
   for (int64_t token = 0; token < vocabulary; token += kVector)
     total = _mm512_add_ps(total, exp(_mm512_sub_ps(load(&scores[token]), constant(largest))));
   const float shift = path - largest - std::log(_mm512_reduce_add_ps(total));
+  const __m512 most_likely = constant(path);  // rounding may not make a child likelier than its parent
   for (int64_t token = 0; token < vocabulary; token += kVector) {
-    const __m512 score = _mm512_add_ps(load(&scores[token]), constant(shift));
+    const __m512 score = _mm512_min_ps(_mm512_add_ps(load(&scores[token]), constant(shift)), most_likely);
     __mmask16 better = _mm512_cmp_ps_mask(score, constant(children.floor()), _CMP_GT_OQ);
     alignas(64) float lanes[kVector];
     if (better) _mm512_store_ps(lanes, score);

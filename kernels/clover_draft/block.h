@@ -11,15 +11,17 @@ struct BlockShape {
   float rope_theta;
 };
 
-// Memory of one sequence: [layers, 2, K, capacity, D] bfloat16, of which `length` tokens are taken in; `count` rows
+// Memory of one sequence: [layers, 2, K, capacity, D], of which `length` tokens are taken in; `count` rows
 // follow, the first at `position`.
+template <typename T>
 struct Memory {
-  uint16_t* rows;
+  T* rows;
   int64_t capacity, length, count, position;
 };
 
 // Rotates a head's halves as pairs, by the angles of a position.
-inline void rotate(uint16_t* head, const float* cosines, const float* sines, int64_t width) {
+template <typename T>
+void rotate(T* head, const float* cosines, const float* sines, int64_t width) {
   const int64_t half = width / 2;
   for (int64_t i = 0; i < half; i += kVector) {
     const __m512 first = load(head + i), second = load(head + half + i);
@@ -29,25 +31,31 @@ inline void rotate(uint16_t* head, const float* cosines, const float* sines, int
   }
 }
 
+// Onto the sums of 32 features of a product.
+inline __m512 product(const uint16_t* a, const uint16_t* b, __m512 sum) {
+  const auto left = reinterpret_cast<__m512bh>(_mm512_loadu_si512(a));
+  return _mm512_dpbf16_ps(sum, left, reinterpret_cast<__m512bh>(_mm512_loadu_si512(b)));
+}
+inline __m512 product(const float* a, const float* b, __m512 sum) {
+  sum = _mm512_fmadd_ps(load(a), load(b), sum);
+  return _mm512_fmadd_ps(load(a + kVector), load(b + kVector), sum);
+}
+
 // Products of a query with 16 keys [D], those from `count` on being 0.
-inline __m512 products(const uint16_t* query, const uint16_t* keys, int64_t count, int64_t width) {
+template <typename T>
+__m512 products(const T* query, const T* keys, int64_t count, int64_t width) {
   __m512 sums[kVector];
   for (int64_t k = 0; k < kVector; ++k) {
     sums[k] = _mm512_setzero_ps();
-    for (int64_t i = 0; k < count && i < width; i += kTileInputs) {
-      const auto q = reinterpret_cast<__m512bh>(_mm512_loadu_si512(query + i));
-      const auto key = reinterpret_cast<__m512bh>(_mm512_loadu_si512(keys + k * width + i));
-      sums[k] = _mm512_dpbf16_ps(sums[k], q, key);
-    }
+    for (int64_t i = 0; k < count && i < width; i += 2 * kVector)
+      sums[k] = product(query + i, keys + k * width + i, sums[k]);
   }
-  transpose(sums);
-  for (int64_t step = kVector / 2; step > 0; step /= 2)
-    for (int64_t k = 0; k < step; ++k) sums[k] = _mm512_add_ps(sums[k], sums[k + step]);
-  return sums[0];
+  return totals(sums);
 }
 
 // 16 features of the sum of values [D], each times its weight.
-inline __m512 weighted(const Floats& weights, const uint16_t* values, int64_t length, int64_t width) {
+template <typename T>
+__m512 weighted(const Floats& weights, const T* values, int64_t length, int64_t width) {
   __m512 sums[4] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps()};
   int64_t l = 0;
   for (; l + 4 <= length; l += 4)
@@ -59,8 +67,8 @@ inline __m512 weighted(const Floats& weights, const uint16_t* values, int64_t le
 
 // Attention of one query over the first `length` keys [D] and values [D] of a head; `scores` has room for them and for
 // a vector more.
-inline void attend(const uint16_t* query, const uint16_t* keys, const uint16_t* values, int64_t length, int64_t width,
-                   Floats& scores, uint16_t* out) {
+template <typename T>
+void attend(const T* query, const T* keys, const T* values, int64_t length, int64_t width, Floats& scores, T* out) {
   const __m512 scale = constant(1.0f / std::sqrt(static_cast<float>(width)));
   __m512 most = constant(-INFINITY);
   for (int64_t l = 0; l < length; l += kVector) {
@@ -82,38 +90,39 @@ inline void attend(const uint16_t* query, const uint16_t* keys, const uint16_t* 
     store(out + i, _mm512_mul_ps(weighted(scores, values + i, length, width), inverse));
 }
 
+template <typename T>
 struct BlockLayer {
-  const uint16_t* input_norm;
-  Linear qkv;
-  const uint16_t *q_norm, *k_norm;
-  Linear o;
-  const uint16_t* post_norm;
-  Linear gate_up, down;
+  const T* input_norm;
+  Linear<T> qkv;
+  const T *q_norm, *k_norm;
+  Linear<T> o;
+  const T* post_norm;
+  Linear<T> gate_up, down;
 
   // state [R, H], rows of the memories one after the other; cosines and sines [R, D / 2].
-  void forward(Floats& state, const std::vector<Memory>& memories, int64_t layer, const Floats& cosines,
+  void forward(Floats& state, const std::vector<Memory<T>>& memories, int64_t layer, const Floats& cosines,
                const Floats& sines, const BlockShape& s) const {
-    Halves rows = qkv(normalised(state, input_norm, s.size), s.size, (s.heads + 2 * s.kv_heads) * s.width);
+    Rows<T> rows = qkv(normalised(state, input_norm, s.size), s.size, (s.heads + 2 * s.kv_heads) * s.width);
     add(state, o(attended(rows, memories, layer, cosines, sines, s), s.heads * s.width, s.size));
     add(state, down(gated(gate_up(normalised(state, post_norm, s.size), s.size, 2 * s.inner), s.inner), s.inner,
                     s.size));
   }
 
  private:
-  Halves attended(Halves& rows, const std::vector<Memory>& memories, int64_t layer, const Floats& cosines,
+  Rows<T> attended(Rows<T>& rows, const std::vector<Memory<T>>& memories, int64_t layer, const Floats& cosines,
                   const Floats& sines, const BlockShape& s) const {
     const int64_t row_size = (s.heads + 2 * s.kv_heads) * s.width, half = s.width / 2;
-    Halves out(rows.size() / row_size * s.heads * s.width);
+    Rows<T> out(rows.size() / row_size * s.heads * s.width);
     Floats scores;
     int64_t r = 0;
-    for (const Memory& memory : memories) {
-      uint16_t* keys = memory.rows + 2 * layer * s.kv_heads * memory.capacity * s.width;
-      uint16_t* values = keys + s.kv_heads * memory.capacity * s.width;
+    for (const Memory<T>& memory : memories) {
+      T* keys = memory.rows + 2 * layer * s.kv_heads * memory.capacity * s.width;
+      T* values = keys + s.kv_heads * memory.capacity * s.width;
       scores.resize(std::max<size_t>(scores.size(), memory.length + memory.count + kVector));
       for (int64_t one = 0; one < memory.count; ++one, ++r) {
-        uint16_t* row = &rows[r * row_size];
+        T* row = &rows[r * row_size];
         for (int64_t head = 0; head < s.heads + s.kv_heads; ++head) {
-          uint16_t* at = row + head * s.width;
+          T* at = row + head * s.width;
           normalise(at, head < s.heads ? q_norm : k_norm, s.width, at);
           rotate(at, &cosines[r * half], &sines[r * half], s.width);
         }

@@ -1,4 +1,4 @@
-// A Clover-2 draft model in bfloat16 on a CPU with AMX: taking in accepted tokens, and growing trees.
+// A Clover-2 draft model in bfloat16 or float32 on a CPU with AMX: taking in accepted tokens, and growing trees.
 //
 // A draft of a small model is a hundred operations of some microseconds each, most of which is calling them. Here a
 // step is two calls. The definition is rollout/speculation/clover.py and clover_trees.py; between products this keeps
@@ -17,21 +17,22 @@ struct Sizes {
 };
 
 // Hands out pointers in the order of their names.
+template <typename T>
 struct Tensors {
-  const uint16_t* const* next;
+  const T* const* next;
 
-  const uint16_t* one() { return *next++; }
-  Linear linear(bool has_bias) {
-    const uint16_t* weight = one();
+  const T* one() { return *next++; }
+  Linear<T> linear(bool has_bias) {
+    const T* weight = one();
     return {weight, has_bias ? one() : nullptr};
   }
-  Decoder decoder() {
-    const uint16_t* norm = one();
-    const Linear query = linear(true);
+  Decoder<T> decoder() {
+    const T* norm = one();
+    const Linear<T> query = linear(true);
     return {norm, query, linear(true)};
   }
-  BlockLayer layer() {
-    BlockLayer found{};
+  BlockLayer<T> layer() {
+    BlockLayer<T> found{};
     found.input_norm = one();
     found.qkv = linear(false);
     found.q_norm = one();
@@ -44,20 +45,21 @@ struct Tensors {
   }
 };
 
+template <typename T>
 struct Draft {
   Sizes sizes;
-  Decoder extract;
-  std::vector<BlockLayer> layers;
-  const uint16_t* block_norm;
-  Decoder regress;
-  Linear root_project, state_project, token_project;
-  const uint16_t* head_norm;
-  const uint16_t *trust, *trust_bias, *trust_by_depth;  // [2, H], [2], [depths, 2]
-  const uint16_t *embedding, *head;                     // [V, H], the target's
+  Decoder<T> extract;
+  std::vector<BlockLayer<T>> layers;
+  const T* block_norm;
+  Decoder<T> regress;
+  Linear<T> root_project, state_project, token_project;
+  const T* head_norm;
+  const T *trust, *trust_bias, *trust_by_depth;  // [2, H], [2], [depths, 2]
+  const T *embedding, *head;                     // [V, H], the target's
 
-  Draft(const uint16_t* const* tensors, const int64_t* numbers) {
+  Draft(const T* const* tensors, const int64_t* numbers) {
     std::memcpy(&sizes, numbers, sizeof(sizes));
-    Tensors from{tensors};
+    Tensors<T> from{tensors};
     extract = from.decoder();
     for (int64_t layer = 0; layer < sizes.layers; ++layer) layers.push_back(from.layer());
     block_norm = from.one();
@@ -74,7 +76,8 @@ struct Draft {
   }
 };
 
-inline float widened(uint16_t half) {
+inline float number(float value) { return value; }
+inline float number(uint16_t half) {
   const uint32_t bits = static_cast<uint32_t>(half) << 16;
   float value;
   std::memcpy(&value, &bits, sizeof(value));
@@ -89,9 +92,10 @@ struct Request {
 };
 
 // Trees of B requests, layer by layer; owns what one layer hands to the next.
+template <typename T>
 class Growth {
  public:
-  Growth(const Draft& draft, const std::vector<Request>& requests, const uint16_t* roots, int64_t width)
+  Growth(const Draft<T>& draft, const std::vector<Request>& requests, const T* roots, int64_t width)
       : draft_(draft),
         requests_(requests),
         width_(width),
@@ -105,8 +109,8 @@ class Growth {
   // The nodes of the next layer, by request.
   const std::vector<std::vector<Candidate>>& grow() {
     const Sizes& s = draft_.sizes;
-    const Halves output = depth_ == 0 ? root_output() : node_output();
-    const Halves logits = Linear{draft_.head, nullptr}(output, s.size, s.vocabulary);
+    const Rows<T> output = depth_ == 0 ? root_output() : node_output();
+    const Rows<T> logits = Linear<T>{draft_.head, nullptr}(output, s.size, s.vocabulary);
     int64_t row = 0;
     for (size_t b = 0; b < requests_.size(); ++b) {
       const Request& request = requests_[b];
@@ -114,7 +118,7 @@ class Growth {
            request.temperature, s.vocabulary, noise_);
       Best children(width_);
       for (int64_t parent = 0; parent < static_cast<int64_t>(layer_[b].size()); ++parent, ++row) {
-        const uint16_t* read = &output[row * s.size];
+        const T* read = &output[row * s.size];
         offer_children(&logits[row * s.vocabulary], s.vocabulary, noise_.data(), trusted(read, 0), trusted(read, 1),
                        layer_[b][parent].score, parent, scores_, children);
       }
@@ -126,19 +130,19 @@ class Growth {
 
  private:
   // How much the logits (0) and the noise (1) count.
-  float trusted(const uint16_t* output, int64_t which) const {
+  float trusted(const T* output, int64_t which) const {
     const int64_t size = draft_.sizes.size, depth = std::min(depth_, draft_.sizes.depths - 1);
-    return softplus(dot(output, draft_.trust + which * size, size) + widened(draft_.trust_bias[which]) +
-                    widened(draft_.trust_by_depth[2 * depth + which]));
+    return softplus(dot(output, draft_.trust + which * size, size) + number(draft_.trust_bias[which]) +
+                    number(draft_.trust_by_depth[2 * depth + which]));
   }
 
-  Halves root_output() const {
+  Rows<T> root_output() const {
     const int64_t size = draft_.sizes.size;
-    return normalised(draft_.root_project(rounded(states_), size, size), draft_.head_norm, size);
+    return normalised(draft_.root_project(rounded<T>(states_), size, size), draft_.head_norm, size);
   }
 
   // Mixes the nodes of the layer into the states of their parents.
-  Halves node_output() {
+  Rows<T> node_output() {
     const int64_t size = draft_.sizes.size;
     std::vector<int64_t> tokens;
     Floats states;
@@ -154,15 +158,15 @@ class Growth {
     parents_.clear();
     for (const auto& nodes : layer_) parents_.push_back(static_cast<int64_t>(nodes.size()));
     states_ = std::move(states);
-    const Halves token = looked_up(draft_.embedding, tokens.data(), static_cast<int64_t>(tokens.size()), size);
+    const Rows<T> token = looked_up(draft_.embedding, tokens.data(), static_cast<int64_t>(tokens.size()), size);
     draft_.regress.mix(states_, token, size, draft_.sizes.heads);
     Floats sum(states_.size());
-    add(sum, draft_.state_project(rounded(states_), size, size));
+    add(sum, draft_.state_project(rounded<T>(states_), size, size));
     add(sum, draft_.token_project(token, size, size));
     return normalised(sum, draft_.head_norm, size);
   }
 
-  const Draft& draft_;
+  const Draft<T>& draft_;
   const std::vector<Request>& requests_;
   int64_t width_, depth_ = 0;
   Floats states_;                              // of the nodes of layer_, or of the roots
@@ -177,18 +181,17 @@ float floor_of(std::vector<float> scores, int64_t budget) {
   return scores[budget - 1];
 }
 
-}  // namespace
-
 // Trees of `count` requests from their roots [count, H]: `width` nodes in each layer, at most `depth` layers, fewer
 // where none of another would be among the `budget` best of any tree. tokens, parents and scores are
 // [count, depth * width]; parents as in rollout/speculation/tree.py. Returns the layers grown.
-extern "C" int64_t grow(const uint16_t* const* tensors, const int64_t* sizes, const uint16_t* roots, int64_t count,
-                        const int64_t* seeds, const int64_t* positions, const float* temperature, int64_t depth,
-                        int64_t width, int64_t budget, int64_t* tokens, int64_t* parents, float* scores) {
-  const Draft draft(tensors, sizes);
+template <typename T>
+int64_t grow(const T* const* tensors, const int64_t* sizes, const T* roots, int64_t count, const int64_t* seeds,
+             const int64_t* positions, const float* temperature, int64_t depth, int64_t width, int64_t budget,
+             int64_t* tokens, int64_t* parents, float* scores) {
+  const Draft<T> draft(tensors, sizes);
   std::vector<Request> requests;
   for (int64_t b = 0; b < count; ++b) requests.push_back({seeds[b], positions[b], temperature[b]});
-  Growth growth(draft, requests, roots, width);
+  Growth<T> growth(draft, requests, roots, width);
   std::vector<std::vector<float>> grown(count);
   for (int64_t layer = 0; layer < depth; ++layer) {
     const auto& nodes = growth.grow();
@@ -211,13 +214,13 @@ extern "C" int64_t grow(const uint16_t* const* tensors, const int64_t* sizes, co
 // Takes `rows` tokens and the target's hidden states [rows, H] into the memories of `count` sequences, one after the
 // other; memory m is memories[m], of shape [layers, 2, K, capacity, D], and numbers[m] are its capacity, length, new
 // rows and the position of the first of these. roots [count, H] are the block's last states.
-extern "C" void extend(const uint16_t* const* tensors, const int64_t* sizes, float rope_theta, int64_t count,
-                       uint16_t* const* memories, const int64_t* numbers, const int64_t* tokens,
-                       const uint16_t* hidden, uint16_t* roots) {
-  const Draft draft(tensors, sizes);
+template <typename T>
+void extend(const T* const* tensors, const int64_t* sizes, float rope_theta, int64_t count, T* const* memories,
+            const int64_t* numbers, const int64_t* tokens, const T* hidden, T* roots) {
+  const Draft<T> draft(tensors, sizes);
   const Sizes& s = draft.sizes;
   const BlockShape shape{s.size, s.heads, s.kv_heads, s.width, s.inner, rope_theta};
-  std::vector<Memory> all;
+  std::vector<Memory<T>> all;
   Floats cosines, sines;
   for (int64_t m = 0; m < count; ++m) {
     const int64_t* n = numbers + 4 * m;
@@ -242,3 +245,22 @@ extern "C" void extend(const uint16_t* const* tensors, const int64_t* sizes, flo
     normalise(&state[row * s.size], draft.block_norm, s.size, roots + m * s.size);
   }
 }
+
+}  // namespace
+
+#define LONGROLL_DRAFT(T, type)                                                                                        \
+  extern "C" int64_t grow_##type(const T* const* tensors, const int64_t* sizes, const T* roots, int64_t count,         \
+                                 const int64_t* seeds, const int64_t* positions, const float* temperature,             \
+                                 int64_t depth, int64_t width, int64_t budget, int64_t* tokens, int64_t* parents,      \
+                                 float* scores) {                                                                      \
+    return grow(tensors, sizes, roots, count, seeds, positions, temperature, depth, width, budget, tokens, parents,    \
+                scores);                                                                                               \
+  }                                                                                                                    \
+  extern "C" void extend_##type(const T* const* tensors, const int64_t* sizes, float rope_theta, int64_t count,        \
+                                T* const* memories, const int64_t* numbers, const int64_t* tokens, const T* hidden,    \
+                                T* roots) {                                                                            \
+    extend(tensors, sizes, rope_theta, count, memories, numbers, tokens, hidden, roots);                               \
+  }
+
+LONGROLL_DRAFT(uint16_t, bfloat16)
+LONGROLL_DRAFT(float, float32)

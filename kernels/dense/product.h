@@ -21,6 +21,8 @@
 #include <iterator>
 #include <memory>
 
+#include "../vectors.h"
+
 namespace {
 
 constexpr int64_t kLanes = 16;           // rows or outputs of a tile
@@ -63,29 +65,6 @@ void configure(int64_t lefts) {
   std::copy(std::begin(rows), std::end(rows), config.rows);
   std::fill_n(config.bytes, std::size(rows), 64);
   _tile_loadconfig(&config);
-}
-
-void transpose(__m512 (&rows)[16]) {
-  __m512 pairs[16];
-  for (int i = 0; i < 16; i += 2) {
-    pairs[i] = _mm512_unpacklo_ps(rows[i], rows[i + 1]);
-    pairs[i + 1] = _mm512_unpackhi_ps(rows[i], rows[i + 1]);
-  }
-  for (int i = 0; i < 16; i += 4)
-    for (int j = 0; j < 2; ++j) {
-      const __m512d low = _mm512_castps_pd(pairs[i + j]), high = _mm512_castps_pd(pairs[i + 2 + j]);
-      rows[i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(low, high));
-      rows[i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(low, high));
-    }
-  for (int i = 0; i < 16; i += 8)
-    for (int j = 0; j < 4; ++j) {
-      pairs[i + j] = _mm512_shuffle_f32x4(rows[i + j], rows[i + 4 + j], 0x88);
-      pairs[i + 4 + j] = _mm512_shuffle_f32x4(rows[i + j], rows[i + 4 + j], 0xdd);
-    }
-  for (int j = 0; j < 8; ++j) {
-    rows[j] = _mm512_shuffle_f32x4(pairs[j], pairs[8 + j], 0x88);
-    rows[8 + j] = _mm512_shuffle_f32x4(pairs[j], pairs[8 + j], 0xdd);
-  }
 }
 
 // Vectors [count, inputs] as a right operand: for every 16 of them [inputs / 2][16] pairs of neighbouring input

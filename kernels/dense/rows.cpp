@@ -2,11 +2,6 @@
 
 #include "product.h"
 
-extern "C" int is_supported() {
-  return __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-         __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512bf16");
-}
-
 // x [rows, inputs], weight [outputs, inputs], bias [outputs] or null → y [rows, outputs].
 extern "C" void dense_rows(const uint16_t* x, const uint16_t* weight, const uint16_t* bias, int64_t rows,
                            int64_t outputs, int64_t inputs, uint16_t* y) {

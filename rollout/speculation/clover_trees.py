@@ -22,7 +22,7 @@ from kernels.gumbel_sample import gumbel_noise, truncation_threshold
 from rollout.errors import InvalidRequest
 from rollout.speculation.clover import FEW_ROWS, CloverDraft, TargetLayers, check_rows
 from rollout.speculation.clover_state import DraftState
-from rollout.speculation.growth import ScoredTree, best_tree
+from rollout.speculation.growth import ScoredTree, beam_tree
 from rollout.speculation.tree import check_limits
 
 
@@ -139,8 +139,8 @@ def grow_beams(
 class CloverProposer:
     """Drafts for running requests. Owns nothing but the model: states belong to the caller, by request.
 
-    In bfloat16 on a CPU with AMX, steps run on `kernels.clover_draft`; prefills, and requests with top-k or top-p, on
-    the model itself.
+    In bfloat16 or float32 on a CPU with AMX, steps run on `kernels.clover_draft`; prefills, and requests with top-k or
+    top-p, on the model itself.
 
     Args:
         draft: The model, on the device of the hidden states.
@@ -201,7 +201,7 @@ class CloverProposer:
         beams = self._grow(torch.stack(roots), positions, sampling, max_width, max_depth, max(budgets))
         rows = zip(beams.tokens.tolist(), beams.parents.tolist(), beams.scores.tolist(), budgets, strict=True)
         return [
-            best_tree(tokens, parents, scores, max_width=max_width, budget=budget, source=self._source)
+            beam_tree(tokens, parents, scores, budget=budget, source=self._source)
             for tokens, parents, scores, budget in rows
         ]
 

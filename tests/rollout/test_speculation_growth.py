@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rollout.errors import InvalidRequest
-from rollout.speculation.growth import ScoredTree, TreeGrowth, best_tree, merge
+from rollout.speculation.growth import ScoredTree, TreeGrowth, beam_tree, best_tree, merge
 from rollout.speculation.tree import MAX_WIDTH
 from tests.rollout.speculation_cases import trees
 
@@ -157,3 +157,27 @@ def test_impossible_limits_of_a_merge_and_of_growth_are_refused() -> None:
     for make in (lambda: merge([], max_width=5, budget=1), lambda: TreeGrowth(max_width=4, budget=0)):
         with pytest.raises(InvalidRequest, match="expected"):
             make()
+
+
+@given(st.data(), st.integers(1, MAX_WIDTH), st.integers(1, 30))
+@settings(deadline=None)
+def test_a_beams_tree_is_the_best_tree_of_its_candidates(data: st.DataObject, width: int, budget: int) -> None:
+    """Beams as drafters grow them: so many nodes in each layer, children of one parent different."""
+    tokens: list[int] = []
+    parents: list[int] = []
+    scores: list[float] = []
+    layer = [0]
+    for _ in range(data.draw(st.integers(0, 5))):
+        pairs = [(parent, token) for parent in layer for token in range(width)]
+        chosen = sorted(data.draw(st.lists(st.sampled_from(pairs), min_size=1, max_size=width, unique=True)))
+        layer = []
+        for parent, token in chosen:
+            tokens.append(token)
+            parents.append(parent)
+            step = data.draw(st.sampled_from([-math.inf, -1.0, -0.5, 0.0, 1e-7]))  # rounding may raise a score
+            scores.append((scores[parent - 1] if parent else 0.0) + step)
+            layer.append(len(tokens))
+    found = beam_tree(tokens, parents, scores, budget=budget, source=3)
+    expected = best_tree(tokens, parents, scores, max_width=width, budget=budget, source=3)
+    assert found.tree == expected.tree and found.scores.tolist() == expected.scores.tolist()
+    assert found.sources.tolist() == expected.sources.tolist()
