@@ -18,7 +18,7 @@ from vllm.v1.attention.backends.cpu_attn import (
 )
 
 from actors.vllm_plugin.attention import Int8KvBackend, Int8KvImpl, Int8KvMetadataBuilder
-from actors.vllm_plugin.tree_rows import attend_trees, plan_trees
+from actors.vllm_plugin.tree_rows import attend_trees, plan_step
 from actors.vllm_plugin.tree_steps import TreeBuilderMixin, TreeImplMixin, TreeMetadata, kernel_batch, other_rows
 from actors.vllm_plugin.trees import TreeBatch
 from kernels import tree_attention as kernels
@@ -54,10 +54,11 @@ class TreeCpuMetadataBuilder(TreeBuilderMixin, CPUAttentionMetadataBuilder):
 
     def build_trees(self, batch: TreeBatch, places: np.ndarray, common: CommonAttentionMetadata) -> TreeMetadata:
         spec = self.kv_cache_spec
-        trees = plan_trees(
+        trees = plan_step(
             batch,
             places,
             common.block_table_tensor.numpy(),
+            spec.dtype,
             num_kv_heads=spec.num_kv_heads,
             block_size=spec.block_size,
             head_dim=spec.head_size,

@@ -1,8 +1,9 @@
 """Attention of branching trees over vLLM's CPU cache, with as few operations as can be.
 
-A step of a small model is the overhead of its operations. So the keys and values of each request are gathered whole,
-padded to the longest, and attended to in two products; `kernels.tree_attention`, which goes chunk by chunk, needs three
-times the operations. Nothing is promised but rounding: the other rows of a step go through vLLM's own kernel.
+A step of a small model is the overhead of its operations. Where `kernels.tree_attention.native` runs there is one a
+layer. Elsewhere the keys and values of each request are gathered whole, padded to the longest, and attended to in two
+products; `kernels.tree_attention`, which goes chunk by chunk, needs three times the operations. Nothing is promised but
+rounding: the other rows of a step go through vLLM's own kernel.
 
 vLLM's layout for vector instructions, which is read here: a block and head holds D rows of block_size keys, that is
 their transpose, then block_size rows of D values.
@@ -20,6 +21,7 @@ import numpy as np
 import torch
 
 from actors.vllm_plugin.trees import TreeBatch
+from kernels.tree_attention.native import Attend, native_tree_attention
 
 MAX_ELEMENTS = 2**21  # of keys gathered together, where one request does not have more: they stay in the cache
 
@@ -47,6 +49,54 @@ class TreeGroup:
     tail: int
     is_hidden: torch.Tensor
     is_unused: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NativeTrees:
+    """t trees for the compiled kernel; the same for every layer. Fields as the kernel takes them."""
+
+    attend: Attend
+    table: torch.Tensor
+    trees: torch.Tensor
+    parents: torch.Tensor
+
+
+Plan = NativeTrees | list[TreeGroup]
+
+
+def plan_step(
+    batch: TreeBatch,
+    places: np.ndarray,
+    block_table: np.ndarray,
+    dtype: torch.dtype,
+    *,
+    num_kv_heads: int,
+    block_size: int,
+    head_dim: int,
+) -> Plan:
+    """Lay out the trees of the requests at `places` of a step for `attend_trees`.
+
+    Args:
+        batch, places, block_table, num_kv_heads, block_size, head_dim: As of `plan_trees`.
+        dtype: Of queries and cache.
+    """
+    attend = native_tree_attention(dtype, block_size=block_size, head_dim=head_dim)
+    if attend is None:
+        sizes = {"num_kv_heads": num_kv_heads, "block_size": block_size, "head_dim": head_dim}
+        return plan_trees(batch, places, block_table, **sizes)
+    trees = [batch.trees[place] for place in places.tolist()]
+    counts = np.array([tree.num_rows for tree in trees])
+    numbers = np.stack([batch.starts[places + 1] - counts, batch.bases[places], counts], axis=1)
+    parents = np.concatenate([part for tree in trees for part in (_ROOT, tree.parents)])
+    return NativeTrees(
+        attend=attend,
+        table=torch.from_numpy(np.ascontiguousarray(block_table[places], dtype=np.int32)),
+        trees=torch.from_numpy(np.ascontiguousarray(numbers, dtype=np.int64)),
+        parents=torch.from_numpy(parents),
+    )
+
+
+_ROOT: np.ndarray = np.zeros(1, dtype=np.int32)  # the root is its own parent
 
 
 def plan_trees(
@@ -118,21 +168,24 @@ def _parts(lengths: np.ndarray, width: int) -> Iterator[slice]:
 
 
 def attend_trees(
-    query: torch.Tensor, kv_cache: torch.Tensor, groups: list[TreeGroup], scale: float, output: torch.Tensor
+    query: torch.Tensor, kv_cache: torch.Tensor, plan: Plan, scale: float, output: torch.Tensor
 ) -> None:
     """Attend with the rows of trees.
 
     Args:
         query: [T, K * G, D].
         kv_cache: [num_blocks, K, block_size, 2 * D], in vLLM's layout; holds this step's keys and values.
-        groups: Of the step.
+        plan: Of the step.
         scale: Factor of the scores.
         output: [T, K * G, D], of which the trees' rows are written.
     """
+    if isinstance(plan, NativeTrees):
+        plan.attend(query.contiguous(), kv_cache, plan.table, plan.trees, plan.parents, scale, output)
+        return
     _, num_kv_heads, block_size, width = kv_cache.shape
     head_dim = width // 2
     lines, pages = kv_cache.view(-1, block_size), kv_cache.view(-1, block_size * head_dim)
-    for group in groups:
+    for group in plan:
         count, height = group.is_hidden.shape[0], group.is_hidden.shape[3]
         matrices = count * num_kv_heads
         tiled = query.index_select(0, group.rows).float().mul_(scale).view(count, height, num_kv_heads, -1, head_dim)

@@ -20,7 +20,7 @@ import torch
 from kernels.clover_draft import DraftShape, NativeDraft
 from kernels.gumbel_sample import gumbel_noise, truncation_threshold
 from rollout.errors import InvalidRequest
-from rollout.speculation.clover import FEW_ROWS, CloverDraft, TargetLayers, check_rows
+from rollout.speculation.clover import CloverDraft, TargetLayers, check_rows
 from rollout.speculation.clover_state import DraftState
 from rollout.speculation.growth import ScoredTree, beam_tree
 from rollout.speculation.tree import check_limits
@@ -139,8 +139,7 @@ def grow_beams(
 class CloverProposer:
     """Drafts for running requests. Owns nothing but the model: states belong to the caller, by request.
 
-    In bfloat16 or float32 on a CPU with AMX, steps run on `kernels.clover_draft`; prefills, and requests with top-k or
-    top-p, on the model itself.
+    In bfloat16 or float32 on a CPU with AMX it runs on `kernels.clover_draft`, but for requests with top-k or top-p.
 
     Args:
         draft: The model, on the device of the hidden states.
@@ -157,7 +156,7 @@ class CloverProposer:
         self, states: Sequence[DraftState], counts: Sequence[int], tokens: torch.Tensor, hidden: torch.Tensor
     ) -> None:
         """Take in accepted or prefilled tokens: see `CloverDraft.extend`."""
-        if self._native is None or max(counts, default=0) > FEW_ROWS:
+        if self._native is None:
             self.draft.extend(states, counts, tokens, hidden, self._target)
             return
         check_rows(counts, tokens, hidden)

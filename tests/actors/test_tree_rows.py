@@ -5,12 +5,13 @@ import pytest
 import torch
 
 from actors.vllm_plugin import tree_rows
-from actors.vllm_plugin.tree_rows import attend_trees, plan_trees
+from actors.vllm_plugin.tree_rows import NativeTrees, attend_trees, plan_step
 from actors.vllm_plugin.tree_steps import kernel_batch
 from actors.vllm_plugin.trees import TreeBatch
 from kernels.tree_attention import plain_cache_from_pages
 from kernels.tree_attention.reference import tree_attention_reference
 from rollout.speculation.tree import TokenTree
+from tests.kernels.native_cases import needs_amx
 
 KV_HEADS, HEAD_DIM, BLOCK_SIZE = 2, 32, 32
 SCALE = HEAD_DIM**-0.5
@@ -32,12 +33,14 @@ def random_tree(draw: np.random.Generator, num_nodes: int) -> TokenTree:
 
 @pytest.mark.parametrize("num_query_heads", [2, 4, 6])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("max_elements", [2**21, 1])
+@pytest.mark.parametrize("max_elements", [2**21, 1, pytest.param(None, marks=needs_amx, id="native")])
 def test_rows_of_trees_agree_with_the_reference(
-    monkeypatch: pytest.MonkeyPatch, num_query_heads: int, dtype: torch.dtype, max_elements: int
+    monkeypatch: pytest.MonkeyPatch, num_query_heads: int, dtype: torch.dtype, max_elements: int | None
 ) -> None:
     """Trees of many sizes among other rows, bases at block edges and within; whatever is unused holds NaN."""
-    monkeypatch.setattr(tree_rows, "MAX_ELEMENTS", max_elements)
+    if max_elements is not None:
+        monkeypatch.setattr(tree_rows, "MAX_ELEMENTS", max_elements)
+        monkeypatch.setattr(tree_rows, "native_tree_attention", lambda *_, **__: None)
     draw = np.random.default_rng(num_query_heads)
     torch.manual_seed(num_query_heads)
     bases, sizes = [0, 31, 32, 33, 7, 255, 130, 64], [3, 1, 12, 5, 16, 9, 2, 30]
@@ -70,9 +73,12 @@ def test_rows_of_trees_agree_with_the_reference(
 
     query = torch.randn(int(batch.starts[-1]), num_query_heads, HEAD_DIM).to(dtype)
     output = torch.full_like(query, -7.0)
-    groups = plan_trees(batch, places, table, num_kv_heads=KV_HEADS, block_size=BLOCK_SIZE, head_dim=HEAD_DIM)
-    assert len(groups) == (1 if max_elements > 1 else len(places))
-    attend_trees(query, cache, groups, SCALE, output)
+    plan = plan_step(batch, places, table, dtype, num_kv_heads=KV_HEADS, block_size=BLOCK_SIZE, head_dim=HEAD_DIM)
+    if max_elements is None:
+        assert isinstance(plan, NativeTrees)
+    else:
+        assert isinstance(plan, list) and len(plan) == (1 if max_elements > 1 else len(places))
+    attend_trees(query, cache, plan, SCALE, output)
 
     rows = np.concatenate([np.arange(batch.starts[place], batch.starts[place + 1]) for place in places])
     chosen = torch.from_numpy(places)
