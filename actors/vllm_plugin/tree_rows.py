@@ -167,9 +167,7 @@ def _parts(lengths: np.ndarray, width: int) -> Iterator[slice]:
     yield slice(start, len(lengths))
 
 
-def attend_trees(
-    query: torch.Tensor, kv_cache: torch.Tensor, plan: Plan, scale: float, output: torch.Tensor
-) -> None:
+def attend_trees(query: torch.Tensor, kv_cache: torch.Tensor, plan: Plan, scale: float, output: torch.Tensor) -> None:
     """Attend with the rows of trees.
 
     Args:

@@ -1,15 +1,9 @@
 """The reference sampler: bits, noise, distribution, independence of the batch, truncation, checks.
 
-The Triton kernels are compared with it in ``test_gumbel_sample_triton.py``. Without CUDA that file
-needs Triton's interpreter, which must be chosen before Triton is first imported; the last test here
-therefore runs it in a process of its own.
+The Triton kernels are compared with it in ``test_gumbel_sample_triton.py``.
 """
 
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -326,19 +320,3 @@ def test_illegal_arguments_are_refused_by_name(name: str, value: object) -> None
 def test_no_rows_give_no_tokens() -> None:
     tokens, logprobs = gumbel_sample(torch.zeros(0, 8), **{k: v[:0] for k, v in random_batch(1, 8)[1].items()})
     assert tokens.shape == logprobs.shape == (0,)
-
-
-def test_triton_kernels_under_the_interpreter() -> None:
-    if torch.cuda.is_available():
-        pytest.skip("the kernels themselves run in test_gumbel_sample_triton.py")
-    pytest.importorskip("triton")
-    target = Path(__file__).with_name("test_gumbel_sample_triton.py")
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-rs", str(target)],
-        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert run.returncode == 0, run.stdout + run.stderr

@@ -1,14 +1,7 @@
 """INT4 weights on the CPU: the bytes, the products, experts, independence of the batch, and refusals.
 
-The Triton kernels are compared with the same definition in ``test_int4_triton.py``. Without CUDA that file
-needs Triton's interpreter, which must be chosen before Triton is first imported; the last test here
-therefore runs it in a process of its own.
+The Triton kernels are compared with the same definition in ``test_int4_triton.py``.
 """
-
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -377,19 +370,3 @@ def test_illegal_expert_arguments_are_refused(change: dict, what: str) -> None:
     }
     with pytest.raises(ValueError, match=rf"{what}: got .* expected"):
         int4_moe(**arguments)
-
-
-def test_triton_kernels_under_the_interpreter() -> None:
-    if torch.cuda.is_available():
-        pytest.skip("the kernels themselves run in test_int4_triton.py")
-    pytest.importorskip("triton")
-    target = Path(__file__).with_name("test_int4_triton.py")
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-rs", str(target)],
-        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert run.returncode == 0, run.stdout + run.stderr

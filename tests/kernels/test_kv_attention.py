@@ -1,12 +1,10 @@
 """The INT8 KV cache: codes, layout, fused norm and rotation, and the CPU attention against the reference.
 
 The reference itself is compared with float64. The Triton kernels are compared with it in
-``test_kv_attention_triton.py``; without CUDA the last test here runs that file interpreted, in a process of its
-own, because Triton's interpreter must be chosen before Triton is first imported.
+``test_kv_attention_triton.py``.
 """
 
 import math
-import os
 import re
 import subprocess
 import sys
@@ -669,19 +667,3 @@ def test_triton_kernels_compile_for_hopper_without_spilling() -> None:
     }
     constants = {"BLOCK_SIZE": 16, "QUERY_HEADS": 8, "KV_HEADS": 4, "HEAD_DIM": 128}
     assert stack_bytes_on_hopper(_norm_rope_write_kernel, write, constants, num_warps=4) == 0
-
-
-def test_triton_kernels_under_the_interpreter() -> None:
-    if torch.cuda.is_available():
-        pytest.skip("the kernels themselves run in test_kv_attention_triton.py")
-    pytest.importorskip("triton")
-    target = Path(__file__).with_name("test_kv_attention_triton.py")
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-rs", str(target)],
-        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert run.returncode == 0, run.stdout + run.stderr

@@ -1,15 +1,10 @@
 """Token trees: their masks, the CPU attention against the reference, and the bits of decoding each path.
 
 The reference is compared with that of ``kernels.kv_attention``, path by path. The Triton kernels are compared with it
-in ``test_tree_attention_triton.py``; without CUDA the last test here runs that file interpreted, in a process of its
-own, because Triton's interpreter must be chosen before Triton is first imported.
+in ``test_tree_attention_triton.py``.
 """
 
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -440,19 +435,3 @@ def test_pages_are_used_to_the_last_element_by_one_each() -> None:
     assert pages[1, 1, :5].reshape(32, 5)[7, 3] == 9
     with pytest.raises(ValueError, match=r"pages: got .* expected"):
         plain_cache_from_pages(torch.zeros(3, 2, 9, 32), is_key_transposed=True)
-
-
-def test_triton_kernels_under_the_interpreter() -> None:
-    if torch.cuda.is_available():
-        pytest.skip("the kernels themselves run in test_tree_attention_triton.py")
-    pytest.importorskip("triton")
-    target = Path(__file__).with_name("test_tree_attention_triton.py")
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-rs", str(target)],
-        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert run.returncode == 0, run.stdout + run.stderr
