@@ -1,14 +1,18 @@
-"""Compiles C++ kernels for CPUs with AMX, each into a library of this process.
+"""Compiles C++ kernels for CPUs with AMX, each into a library.
 
-A library is built in a second at the first call and kept by nothing else, so that it fits the CPU and the
-source. Where it cannot be built or run, the caller hears None and uses torch's own operation.
+A library is built in some seconds at the first call and kept in the user's cache folder, under a digest of sources,
+flags and compiler, so that it always fits the source and the engines of a machine build it once. Where it cannot be
+built or run, the caller hears None and uses torch's own operation.
 """
 
+import contextlib
 import ctypes
 import functools
+import hashlib
 import logging
 import os
 import shutil
+import stat
 import subprocess
 import tempfile
 from pathlib import Path
@@ -44,10 +48,7 @@ def amx_library(source: Path) -> ctypes.CDLL | None:
 
 
 def _compiled(source: Path) -> ctypes.CDLL:
-    """Build the library in a folder of its own, load it, and remove the folder.
-
-    Linked without OpenMP's runtime: its symbols are found in the one torch has loaded, whose threads are
-    then the ones that are counted and bound.
+    """Load the library of a source, built if need be.
 
     Raises:
         OSError: No compiler, or the library does not load.
@@ -56,8 +57,48 @@ def _compiled(source: Path) -> ctypes.CDLL:
     compiler = next((name for name in (os.environ.get("CXX"), "c++", "g++") if name and shutil.which(name)), None)
     if compiler is None:
         raise FileNotFoundError("no C++ compiler: set CXX, or install g++")
-    with tempfile.TemporaryDirectory(prefix="longroll-") as folder:
-        made, library = f"{folder}/{source.stem}.o", f"{folder}/{source.stem}.so"
-        for command in ((*_FLAGS, "-fopenmp", "-c", str(source), "-o", made), ("-shared", made, "-o", library)):
-            subprocess.run([compiler, *command], check=True, capture_output=True, text=True, timeout=_COMPILE_TIMEOUT_S)
-        return ctypes.CDLL(library)
+    folder = _cache_folder()
+    if folder is None:
+        with tempfile.TemporaryDirectory(prefix="longroll-") as temporary:
+            _build(compiler, source, made := Path(temporary) / "library.so")
+            return ctypes.CDLL(str(made))
+    kept = folder / f"{source.stem}-{_digest(compiler, source)}.so"
+    if not kept.exists():
+        with tempfile.TemporaryDirectory(dir=folder) as temporary:
+            _build(compiler, source, made := Path(temporary) / "library.so")
+            made.replace(kept)  # at once: others may be building the same
+    return ctypes.CDLL(str(kept))
+
+
+def _build(compiler: str, source: Path, library: Path) -> None:
+    """Compile a source into a library.
+
+    Linked without OpenMP's runtime: its symbols are found in the one torch has loaded, whose threads are
+    then the ones that are counted and bound.
+    """
+    made = str(library.with_suffix(".o"))
+    for command in ((*_FLAGS, "-fopenmp", "-c", str(source), "-o", made), ("-shared", made, "-o", str(library))):
+        subprocess.run([compiler, *command], check=True, capture_output=True, text=True, timeout=_COMPILE_TIMEOUT_S)
+
+
+def _digest(compiler: str, source: Path) -> str:
+    """Of all that a library follows from; every header counts for every source."""
+    version = subprocess.run(
+        [compiler, "--version"], check=True, capture_output=True, timeout=_COMPILE_TIMEOUT_S
+    ).stdout
+    parts = [version, repr(_FLAGS).encode(), source.read_bytes()]
+    parts += [header.read_bytes() for header in sorted(Path(__file__).parent.rglob("*.h"))]
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
+
+
+def _cache_folder() -> Path | None:
+    """Where libraries are kept; None if there is no folder that only this user can write to."""
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    folder = Path(base) / "longroll" / "kernels"
+    with contextlib.suppress(OSError):
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = folder.stat()
+        is_private = found.st_uid == os.getuid() and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+        if is_private and os.access(folder, os.W_OK | os.X_OK):
+            return folder
+    return None
