@@ -150,7 +150,10 @@ class NativeDraft:
         Returns:
             tokens and parents [B, N] int64 and scores [B, N] float32: see `Beams`.
         """
-        roots, count = roots.contiguous(), len(roots)
+        roots, seeds, positions, temperature = (
+            one.contiguous() for one in (roots, seeds, positions, temperature)  # held until the call has ended
+        )
+        count = len(roots)
         width = min(max_width, self._shape.vocab_size)
         tokens = torch.empty(count, max_depth, width, dtype=torch.int64)
         parents, scores = torch.empty_like(tokens), torch.empty(tokens.shape, dtype=torch.float32)
