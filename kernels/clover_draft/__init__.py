@@ -151,7 +151,8 @@ class NativeDraft:
             tokens and parents [B, N] int64 and scores [B, N] float32: see `Beams`.
         """
         roots, seeds, positions, temperature = (
-            one.contiguous() for one in (roots, seeds, positions, temperature)  # held until the call has ended
+            one.contiguous()
+            for one in (roots, seeds, positions, temperature)  # held until the call has ended
         )
         count = len(roots)
         width = min(max_width, self._shape.vocab_size)
