@@ -131,6 +131,8 @@ class NativeDraft:
         seeds: torch.Tensor,
         positions: torch.Tensor,
         temperature: torch.Tensor,
+        top_k: torch.Tensor | None = None,
+        top_p: torch.Tensor | None = None,
         *,
         max_depth: int,
         max_width: int,
@@ -143,12 +145,14 @@ class NativeDraft:
             seeds: [B] int64 keys of the noise.
             positions: [B] int64, of the roots.
             temperature: [B] float32; 0 is greedy.
+            top_k, top_p: [B] int64 and float32, 0 and 1 keeping everything; None where all do.
             max_depth: Layers at most.
             max_width: Nodes of each layer.
             budget: Growth ends once no node can still be among so many best of its tree.
 
         Returns:
-            tokens and parents [B, N] int64 and scores [B, N] float32: see `Beams`.
+            tokens and parents [B, N] int64 and scores [B, N] float32: see `Beams`. Where fewer tokens are kept than
+            a layer has nodes, the scores of the rest are -inf.
         """
         roots, seeds, positions, temperature = (
             one.contiguous()
@@ -166,6 +170,8 @@ class NativeDraft:
             seeds.data_ptr(),
             positions.data_ptr(),
             temperature.data_ptr(),
+            None if top_k is None else top_k.data_ptr(),
+            None if top_p is None else top_p.data_ptr(),
             max_depth,
             width,
             budget,
@@ -215,7 +221,7 @@ def _library() -> ctypes.CDLL | None:
     pointer, number = ctypes.c_void_p, ctypes.c_int64
     for name in _DTYPES.values():
         grow, extend = getattr(library, f"grow_{name}"), getattr(library, f"extend_{name}")
-        grow.argtypes = [pointer] * 3 + [number] + [pointer] * 3 + [number] * 3 + [pointer] * 3
+        grow.argtypes = [pointer] * 3 + [number] + [pointer] * 5 + [number] * 3 + [pointer] * 3
         grow.restype = number
         extend.argtypes = [pointer, pointer, ctypes.c_float, number, *[pointer] * 5]
         extend.restype = None

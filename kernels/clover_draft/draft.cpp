@@ -88,7 +88,7 @@ inline float softplus(float x) { return x > 20 ? x : std::log1p(std::exp(x)); }
 
 struct Request {
   int64_t seed, position;
-  float temperature;
+  Sampling how;
 };
 
 // Trees of B requests, layer by layer; owns what one layer hands to the next.
@@ -115,11 +115,14 @@ class Growth {
     for (size_t b = 0; b < requests_.size(); ++b) {
       const Request& request = requests_[b];
       draw({static_cast<uint64_t>(request.seed), static_cast<uint64_t>(request.position + 1 + depth_), 0},
-           request.temperature, s.vocabulary, noise_);
+           request.how.temperature, s.vocabulary, noise_);
+      const bool cuts = request.how.cuts(s.vocabulary);
       Best children(width_);
       for (int64_t parent = 0; parent < static_cast<int64_t>(layer_[b].size()); ++parent, ++row) {
         const T* read = &output[row * s.size];
-        offer_children(&logits[row * s.vocabulary], s.vocabulary, noise_.data(), trusted(read, 0), trusted(read, 1),
+        const T* said = &logits[row * s.vocabulary];
+        const float floor = cuts ? least_kept(said, s.vocabulary, request.how, order_) : -INFINITY;
+        offer_children(said, s.vocabulary, noise_.data(), floor, trusted(read, 0), trusted(read, 1),
                        layer_[b][parent].score, parent, scores_, children);
       }
       layer_[b] = children.kept();
@@ -172,7 +175,7 @@ class Growth {
   Floats states_;                              // of the nodes of layer_, or of the roots
   std::vector<std::vector<Candidate>> layer_;  // by request
   std::vector<int64_t> parents_;               // rows of states_, by request; empty while these are the roots
-  Floats scores_, noise_;
+  Floats scores_, noise_, order_;
 };
 
 // The score that a node needs to be among the `budget` best of a tree.
@@ -182,15 +185,19 @@ float floor_of(std::vector<float> scores, int64_t budget) {
 }
 
 // Trees of `count` requests from their roots [count, H]: `width` nodes in each layer, at most `depth` layers, fewer
-// where none of another would be among the `budget` best of any tree. tokens, parents and scores are
-// [count, depth * width]; parents as in rollout/speculation/tree.py. Returns the layers grown.
+// where none of another would be among the `budget` best of any tree. top_k and top_p may be null. tokens, parents and
+// scores are [count, depth * width]; parents as in rollout/speculation/tree.py; the score of a node that is missing
+// because too few tokens were kept is -inf. Returns the layers grown.
 template <typename T>
 int64_t grow(const T* const* tensors, const int64_t* sizes, const T* roots, int64_t count, const int64_t* seeds,
-             const int64_t* positions, const float* temperature, int64_t depth, int64_t width, int64_t budget,
-             int64_t* tokens, int64_t* parents, float* scores) {
+             const int64_t* positions, const float* temperature, const int64_t* top_k, const float* top_p,
+             int64_t depth, int64_t width, int64_t budget, int64_t* tokens, int64_t* parents, float* scores) {
   const Draft<T> draft(tensors, sizes);
   std::vector<Request> requests;
-  for (int64_t b = 0; b < count; ++b) requests.push_back({seeds[b], positions[b], temperature[b]});
+  for (int64_t b = 0; b < count; ++b) {
+    const Sampling how{temperature[b], top_k == nullptr ? 0 : top_k[b], top_p == nullptr ? 1.0f : top_p[b]};
+    requests.push_back({seeds[b], positions[b], how});
+  }
   Growth<T> growth(draft, requests, roots, width);
   std::vector<std::vector<float>> grown(count);
   for (int64_t layer = 0; layer < depth; ++layer) {
@@ -199,12 +206,14 @@ int64_t grow(const T* const* tensors, const int64_t* sizes, const T* roots, int6
     for (int64_t b = 0; b < count; ++b) {
       for (int64_t place = 0; place < width; ++place) {
         const int64_t at = (b * depth + layer) * width + place;
-        tokens[at] = nodes[b][place].token;
-        parents[at] = layer ? nodes[b][place].parent + 1 + (layer - 1) * width : 0;
-        scores[at] = nodes[b][place].score;
-        grown[b].push_back(scores[at]);
+        const bool is_there = place < static_cast<int64_t>(nodes[b].size());
+        const Candidate node = is_there ? nodes[b][place] : Candidate{-INFINITY, 0, 0};
+        tokens[at] = node.token;
+        parents[at] = layer ? node.parent + 1 + (layer - 1) * width : 0;
+        scores[at] = node.score;
+        grown[b].push_back(node.score);
       }
-      is_full = is_full && nodes[b][0].score <= floor_of(grown[b], budget);
+      is_full = is_full && grown[b][layer * width] <= floor_of(grown[b], budget);
     }
     if (is_full) return layer + 1;
   }
@@ -251,10 +260,10 @@ void extend(const T* const* tensors, const int64_t* sizes, float rope_theta, int
 #define LONGROLL_DRAFT(T, type)                                                                                        \
   extern "C" int64_t grow_##type(const T* const* tensors, const int64_t* sizes, const T* roots, int64_t count,         \
                                  const int64_t* seeds, const int64_t* positions, const float* temperature,             \
-                                 int64_t depth, int64_t width, int64_t budget, int64_t* tokens, int64_t* parents,      \
-                                 float* scores) {                                                                      \
-    return grow(tensors, sizes, roots, count, seeds, positions, temperature, depth, width, budget, tokens, parents,    \
-                scores);                                                                                               \
+                                 const int64_t* top_k, const float* top_p, int64_t depth, int64_t width,               \
+                                 int64_t budget, int64_t* tokens, int64_t* parents, float* scores) {                   \
+    return grow(tensors, sizes, roots, count, seeds, positions, temperature, top_k, top_p, depth, width, budget,       \
+                tokens, parents, scores);                                                                              \
   }                                                                                                                    \
   extern "C" void extend_##type(const T* const* tensors, const int64_t* sizes, float rope_theta, int64_t count,        \
                                 T* const* memories, const int64_t* numbers, const int64_t* tokens, const T* hidden,    \

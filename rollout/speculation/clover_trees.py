@@ -139,7 +139,7 @@ def grow_beams(
 class CloverProposer:
     """Drafts for running requests. Owns nothing but the model: states belong to the caller, by request.
 
-    In bfloat16 or float32 on a CPU with AMX it runs on `kernels.clover_draft`, but for requests with top-k or top-p.
+    In bfloat16 or float32 on a CPU with AMX it runs on `kernels.clover_draft`.
 
     Args:
         draft: The model, on the device of the hidden states.
@@ -213,12 +213,14 @@ class CloverProposer:
         max_depth: int,
         budget: int,
     ) -> Beams:
-        if self._native is not None and sampling.top_k is None and sampling.top_p is None:
+        if self._native is not None:
             tokens, parents, scores = self._native.grow(
                 roots,
                 sampling.seeds,
                 positions,
                 sampling.temperature,
+                sampling.top_k,
+                sampling.top_p,
                 max_depth=max_depth,
                 max_width=max_width,
                 budget=budget,

@@ -168,12 +168,26 @@ def test_a_request_is_drafted_for_alike_in_any_batch(dtype: torch.dtype) -> None
         assert alone.tree == together[place].tree and (alone.scores == together[place].scores).all()
 
 
-def test_cuts_are_left_to_torch() -> None:
-    proposer = CloverProposer(*draft_in(torch.bfloat16))
-    states = run(proposer, [5, 33], [1, 1])
-    how = DraftSampling(seeds=torch.arange(2), temperature=torch.ones(2), top_k=torch.tensor([1, 0]))
-    trees = proposer.propose(states, how, [12, 12], max_width=4, max_depth=3)
-    assert trees[0].tree.widths().tolist() == [1, 1, 1] and trees[1].num_nodes == 12
+@pytest.mark.parametrize("top_k", [None, 1, 3, 40, VOCAB])
+@pytest.mark.parametrize("top_p", [None, 1e-6, 0.5, 0.9, 1.0])
+def test_what_top_k_and_top_p_leave_out_is_not_drafted(top_k: int | None, top_p: float | None) -> None:
+    """As torch's in float32, but for what lies at the edge of a cut by rounding."""
+    found = proposers(torch.float32)
+    states = {name: run(one, [9] * REQUESTS, [1] * REQUESTS) for name, one in found.items() if name != "exact"}
+    how = DraftSampling(
+        seeds=torch.arange(REQUESTS),
+        temperature=torch.linspace(0.0, 1.2, REQUESTS),
+        top_k=None if top_k is None else torch.full((REQUESTS,), top_k).index_fill_(0, torch.tensor([1]), 0),
+        top_p=None if top_p is None else torch.full((REQUESTS,), top_p).index_fill_(0, torch.tensor([2]), 1.0),
+    )
+    trees = {
+        name: found[name].propose(some, how, [12] * REQUESTS, max_width=4, max_depth=3) for name, some in states.items()
+    }
+    same = [one.tree == other.tree for one, other in zip(trees["native"], trees["torch"], strict=True)]
+    assert sum(same) >= REQUESTS - 2, same
+    if top_k == 1 or top_p == 1e-6:
+        assert trees["native"][5].tree.widths().tolist() == [1, 1, 1], "one token is left"
+        assert trees["native"][0].num_nodes == 12, "greedy cuts nothing"
 
 
 @pytest.mark.parametrize(
