@@ -59,7 +59,7 @@ class Options:
 
     draft: str | None = None
     policies: tuple[str, ...] = ("grpo", "restyle")
-    restyle_lr: float = 1e-3
+    restyle_lr: float = 6.5e-4
     updates: int = 20
     measure_every: int = 5
     draft_steps: int = 8
