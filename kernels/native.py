@@ -22,7 +22,7 @@ import torch
 log = logging.getLogger(__name__)
 
 _INSTRUCTIONS = ("avx512f", "avx512bw", "avx512vl", "avx512vbmi", "avx512bf16", "fma", "amx-tile", "amx-bf16")
-_FLAGS = ("-std=c++17", "-O3", "-fPIC", *(f"-m{name}" for name in _INSTRUCTIONS))
+_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fopenmp", "-ffp-contract=off", *(f"-m{name}" for name in _INSTRUCTIONS))
 _COMPILE_TIMEOUT_S = 120
 
 
@@ -57,17 +57,23 @@ def _compiled(source: Path) -> ctypes.CDLL:
     compiler = next((name for name in (os.environ.get("CXX"), "c++", "g++") if name and shutil.which(name)), None)
     if compiler is None:
         raise FileNotFoundError("no C++ compiler: set CXX, or install g++")
-    folder = _cache_folder()
-    if folder is None:
-        with tempfile.TemporaryDirectory(prefix="longroll-") as temporary:
-            _build(compiler, source, made := Path(temporary) / "library.so")
-            return ctypes.CDLL(str(made))
+    with contextlib.suppress(OSError):  # a full disk, a damaged file: build it for this process alone
+        if (folder := _cache_folder()) is not None:
+            return ctypes.CDLL(str(_kept(folder, compiler, source)))
+    with tempfile.TemporaryDirectory(prefix="longroll-") as temporary:
+        _build(compiler, source, made := Path(temporary) / "library.so")
+        return ctypes.CDLL(str(made))
+
+
+def _kept(folder: Path, compiler: str, source: Path) -> Path:
+    """The library of a source in the cache folder."""
     kept = folder / f"{source.stem}-{_digest(compiler, source)}.so"
-    if not kept.exists():
+    if not (kept.exists() and _is_private(kept.lstat())):
         with tempfile.TemporaryDirectory(dir=folder) as temporary:
             _build(compiler, source, made := Path(temporary) / "library.so")
+            made.chmod(0o500)
             made.replace(kept)  # at once: others may be building the same
-    return ctypes.CDLL(str(kept))
+    return kept
 
 
 def _build(compiler: str, source: Path, library: Path) -> None:
@@ -77,7 +83,7 @@ def _build(compiler: str, source: Path, library: Path) -> None:
     then the ones that are counted and bound.
     """
     made = str(library.with_suffix(".o"))
-    for command in ((*_FLAGS, "-fopenmp", "-c", str(source), "-o", made), ("-shared", made, "-o", str(library))):
+    for command in ((*_FLAGS, "-c", str(source), "-o", made), ("-shared", made, "-o", str(library))):
         subprocess.run([compiler, *command], check=True, capture_output=True, text=True, timeout=_COMPILE_TIMEOUT_S)
 
 
@@ -92,13 +98,23 @@ def _digest(compiler: str, source: Path) -> str:
 
 
 def _cache_folder() -> Path | None:
-    """Where libraries are kept; None if there is no folder that only this user can write to."""
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    folder = Path(base) / "longroll" / "kernels"
-    with contextlib.suppress(OSError):
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        found = folder.stat()
-        is_private = found.st_uid == os.getuid() and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
-        if is_private and os.access(folder, os.W_OK | os.X_OK):
-            return folder
-    return None
+    """Where libraries are kept; None if there is no folder that only this user, or root, can have written to."""
+    base = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
+    folder = base / "longroll" / "kernels"
+    if not base.is_absolute():
+        return None
+    base.mkdir(mode=0o700, parents=True, exist_ok=True)
+    for one in (folder.parent, folder):
+        one.mkdir(mode=0o700, exist_ok=True)
+    is_safe = all(_is_private(one.lstat()) for one in (folder, folder.parent))
+    for one in folder.parents:
+        found = one.stat()
+        is_open = found.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not found.st_mode & stat.S_ISVTX
+        is_safe = is_safe and found.st_uid in (os.getuid(), 0) and not is_open
+    return folder if is_safe else None
+
+
+def _is_private(found: os.stat_result) -> bool:
+    """Whether only this user can write to a file or folder, which is no link."""
+    is_link = stat.S_ISLNK(found.st_mode)
+    return found.st_uid == os.getuid() and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not is_link

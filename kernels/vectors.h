@@ -61,9 +61,9 @@ inline __m512 log(__m512 x) {
   return _mm512_fmadd_ps(exponent, constant(kLn2High), _mm512_add_ps(f, rest));
 }
 
-// e to the x for x up to 88, within 2 units in the last place; 0 for -inf. Cephes' expf.
+// e to the x for x up to 88, within 2 units in the last place; 0 for -inf, NaN for NaN. Cephes' expf.
 inline __m512 exp(__m512 x) {
-  x = _mm512_max_ps(x, constant(-104.0f));
+  x = _mm512_max_ps(constant(-104.0f), x);  // of a NaN and a number these give the second operand
   const __m512 power = _mm512_roundscale_ps(_mm512_mul_ps(x, constant(1.44269504f)), _MM_FROUND_TO_NEAREST_INT);
   x = _mm512_fnmadd_ps(power, constant(kLn2High), x);
   x = _mm512_fnmadd_ps(power, constant(kLn2Low), x);

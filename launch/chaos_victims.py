@@ -43,13 +43,16 @@ NEEDS_OPERATOR = frozenset({Kind.TRAINER, Kind.DRIVER})
 
 
 def numbers_of(config: RunConfig) -> dict[Kind, int]:
-    """Processes of each kind in a run when all are there; a moment after a death there may be more."""
+    """Processes of each kind in a run when all are there; a moment after a death there may be more.
+
+    Reward workers start when they are needed: the first is always there.
+    """
     num_shards = config.engine.num_all_shards
     return {
         Kind.SHARD: num_shards,
         Kind.ENGINE_CORE: num_shards,
         Kind.CONTROLLER: 1,
-        Kind.REWARD: config.scheduler.num_reward_workers,
+        Kind.REWARD: min(1, config.scheduler.num_reward_workers),
         Kind.TRAINER: config.trainer.num_ranks,
         Kind.DRIVER: 1,
     }

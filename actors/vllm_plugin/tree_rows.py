@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from actors.vllm_plugin.trees import TreeBatch
+from actors.vllm_plugin.trees import TreeBatch, parent_rows
 from kernels.tree_attention.native import Attend, native_tree_attention
 
 MAX_ELEMENTS = 2**21  # of keys gathered together, where one request does not have more: they stay in the cache
@@ -87,16 +87,12 @@ def plan_step(
     trees = [batch.trees[place] for place in places.tolist()]
     counts = np.array([tree.num_rows for tree in trees])
     numbers = np.stack([batch.starts[places + 1] - counts, batch.bases[places], counts], axis=1)
-    parents = np.concatenate([part for tree in trees for part in (_ROOT, tree.parents)])
     return NativeTrees(
         attend=attend,
         table=torch.from_numpy(np.ascontiguousarray(block_table[places], dtype=np.int32)),
         trees=torch.from_numpy(np.ascontiguousarray(numbers, dtype=np.int64)),
-        parents=torch.from_numpy(parents),
+        parents=torch.from_numpy(parent_rows(trees)),
     )
-
-
-_ROOT: np.ndarray = np.zeros(1, dtype=np.int32)  # the root is its own parent
 
 
 def plan_trees(

@@ -38,6 +38,7 @@ from actors.vllm_plugin.tree_sampling import (
     until_stop,
 )
 from actors.vllm_plugin.trees import TreeBatch
+from kernels.gumbel_sample.native import native_sample
 from rollout.speculation.tree import TokenTree
 from rollout.speculation.walk import Accepted, walk_batch
 
@@ -265,8 +266,8 @@ class TreeRunnerMixin:
         logits = logits.to(torch.float32)
         counts = trees.num_rows
         first = torch.from_numpy(counts.cumsum() - counts).to(device)
-        draws = None  # CUDA draws in registers
-        if device.type == "cpu":
+        draws = None  # kernels draw in registers
+        if device.type == "cpu" and native_sample() is None:
             draws = tuple(torch.from_numpy(places) for places in trees.draws)
         if has_processors(metadata):
             logits[first] = self.sampler.apply_logits_processors(logits[first], metadata, False)  # type: ignore[attr-defined]

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
-from actors.vllm_plugin.trees import TreeBatch, Written
+from actors.vllm_plugin.trees import TreeBatch, Written, parent_rows
 from kernels import tree_attention as kernels
 
 
@@ -37,12 +37,8 @@ class TreeMetadata:
 def kernel_batch(batch: TreeBatch, places: np.ndarray) -> kernels.TreeBatch:
     """The trees of some requests as the kernels take them."""
     trees = [batch.trees[place] for place in places]
-    parents = np.concatenate([part for tree in trees for part in (_ROOT, tree.parents)])
     counts = np.array([tree.num_rows for tree in trees])
-    return kernels.tree_batch(torch.from_numpy(parents), torch.from_numpy(counts))
-
-
-_ROOT: np.ndarray = np.zeros(1, dtype=np.int32)  # the root is its own parent
+    return kernels.tree_batch(torch.from_numpy(parent_rows(trees)), torch.from_numpy(counts))
 
 
 def other_rows(

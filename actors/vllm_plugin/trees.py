@@ -32,6 +32,14 @@ class Written:
     kv_cache: torch.Tensor
 
 
+_ROOT: np.ndarray = np.zeros(1, dtype=np.int32)  # the root is its own parent
+
+
+def parent_rows(trees: Sequence[TokenTree]) -> np.ndarray:
+    """int32, for every row of one tree after the other the row of its parent in that tree, 0 for a root."""
+    return np.concatenate([part for tree in trees for part in (_ROOT, tree.parents)])
+
+
 @dataclass(kw_only=True)
 class TreeBatch:
     """Trees of the B requests of a step, in batch order; a request without a draft has the empty tree.

@@ -102,6 +102,7 @@ class NativeDraft:
 
     def __init__(self, library: ctypes.CDLL, shape: DraftShape, tensors: Sequence[torch.Tensor]) -> None:
         self._shape, self._tensors, self._numbers = shape, tuple(tensors), shape.numbers()
+        self._dtype = tensors[0].dtype
         name = _DTYPES[tensors[0].dtype]
         self._grow, self._extend = (getattr(library, f"{call}_{name}") for call in ("grow", "extend"))
 
@@ -113,13 +114,14 @@ class NativeDraft:
 
         Returns:
             None where they are not contiguous, all of one dtype (bfloat16 or float32), on a CPU with AMX, or their
-            shapes no multiples of its vectors.
+            shapes no multiples of its vectors: H, the heads' parts of it, D and the inner width of 32, V of 16.
         """
         names = [f"extract.{name}" for name in _DECODER]
         names += [f"layers.{layer}.{name}" for layer in range(shape.num_layers) for name in _LAYER]
         names += ["block_norm.weight", *(f"regress.{name}" for name in _DECODER), *_REST]
         all_tensors = [*(tensors[name] for name in names), embedding, head]
-        is_plain = head.dtype in _DTYPES and all(
+        is_plain = head.dtype in _DTYPES and embedding.shape == head.shape == (shape.vocab_size, shape.hidden_size)
+        is_plain = is_plain and all(
             one.dtype == head.dtype and one.device.type == "cpu" and one.is_contiguous() for one in all_tensors
         )
         library = _library() if is_plain and shape.fits else None
@@ -154,11 +156,13 @@ class NativeDraft:
             tokens and parents [B, N] int64 and scores [B, N] float32: see `Beams`. Where fewer tokens are kept than
             a layer has nodes, the scores of the rest are -inf.
         """
-        roots, seeds, positions, temperature = (
-            one.contiguous()
-            for one in (roots, seeds, positions, temperature)  # held until the call has ended
-        )
         count = len(roots)
+        roots = self._checked("roots", roots, self._dtype, (count, self._shape.hidden_size))
+        seeds = self._checked("seeds", seeds, torch.int64, (count,))
+        positions = self._checked("positions", positions, torch.int64, (count,))
+        temperature = self._checked("temperature", temperature, torch.float32, (count,))
+        top_k = None if top_k is None else self._checked("top_k", top_k, torch.int64, (count,))
+        top_p = None if top_p is None else self._checked("top_p", top_p, torch.float32, (count,))
         width = min(max_width, self._shape.vocab_size)
         tokens = torch.empty(count, max_depth, width, dtype=torch.int64)
         parents, scores = torch.empty_like(tokens), torch.empty(tokens.shape, dtype=torch.float32)
@@ -192,7 +196,11 @@ class NativeDraft:
         Returns:
             [B, H], the roots.
         """
-        tokens, hidden = tokens.contiguous(), hidden.contiguous()
+        tokens = self._checked("tokens", tokens, torch.int64, (sum(one.count for one in memories),))
+        hidden = self._checked("hidden", hidden, self._dtype, (len(tokens), self._shape.hidden_size))
+        for one in memories:
+            if one.rows.dtype != self._dtype or not one.rows.is_contiguous():
+                raise ValueError(f"draft's memory: got {one.rows.dtype}, expected dense {self._dtype}")
         roots = torch.empty(len(memories), self._shape.hidden_size, dtype=hidden.dtype)
         numbers = [n for one in memories for n in (one.rows.shape[3], one.length, one.count, one.position)]
         self._extend(
@@ -207,6 +215,14 @@ class NativeDraft:
             roots.data_ptr(),
         )
         return roots
+
+    @staticmethod
+    def _checked(name: str, tensor: torch.Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
+        """The tensor, dense; what ``draft.cpp`` would misread is refused."""
+        if tensor.dtype != dtype or tuple(tensor.shape) != shape or tensor.device.type != "cpu":
+            got = f"{tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
+            raise ValueError(f"draft's {name}: got {got}, expected {dtype} {shape} on a CPU")
+        return tensor.contiguous()
 
     def _pointers(self) -> ctypes.Array[ctypes.c_void_p]:
         return (ctypes.c_void_p * len(self._tensors))(*(tensor.data_ptr() for tensor in self._tensors))

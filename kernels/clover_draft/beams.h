@@ -15,7 +15,7 @@ struct Candidate {
   int64_t token, parent;
 };
 
-// Keeps the `width` best of what it is offered, best first; of equals the one that came first.
+// Keeps the `width` best of what it is offered, best first; of equals the one that came first. A NaN is none.
 class Best {
  public:
   explicit Best(int64_t width) : width_(width) {}
@@ -96,7 +96,7 @@ void offer_children(const T* logits, int64_t vocabulary, const float* drawn, flo
   const float shift = path - largest - std::log(_mm512_reduce_add_ps(total));
   const __m512 most_likely = constant(path);  // rounding may not make a child likelier than its parent
   for (int64_t token = 0; token < vocabulary; token += kVector) {
-    const __m512 score = _mm512_min_ps(_mm512_add_ps(load(&scores[token]), constant(shift)), most_likely);
+    const __m512 score = _mm512_min_ps(most_likely, _mm512_add_ps(load(&scores[token]), constant(shift)));
     __mmask16 better = _mm512_cmp_ps_mask(score, constant(children.floor()), _CMP_GT_OQ);
     alignas(64) float lanes[kVector];
     if (better) _mm512_store_ps(lanes, score);

@@ -5,6 +5,7 @@
 // floats where torch rounds to bfloat16.
 
 #include <cstring>
+#include <functional>
 
 #include "beams.h"
 #include "block.h"

@@ -114,8 +114,8 @@ Rows<T> gated(const Rows<T>& rows, int64_t size) {
   for (size_t row = 0; row < out.size(); row += size)
     for (int64_t i = 0; i < size; i += kVector) {
       const __m512 gate = load(&rows[2 * row + i]), x = load(&rows[2 * row + size + i]);
-      const __m512 below = _mm512_add_ps(constant(1.0f), exp(_mm512_min_ps(_mm512_sub_ps(_mm512_setzero_ps(), gate),
-                                                                           constant(88.0f))));
+      const __m512 power = _mm512_min_ps(constant(88.0f), _mm512_sub_ps(_mm512_setzero_ps(), gate));
+      const __m512 below = _mm512_add_ps(constant(1.0f), exp(power));
       store(&out[row + i], _mm512_div_ps(_mm512_mul_ps(gate, x), below));
     }
   return out;

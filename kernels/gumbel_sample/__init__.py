@@ -61,7 +61,8 @@ def gumbel_sample(
         return gumbel_sample_triton(
             logits, seeds=seeds, positions=positions, temperature=temperature, threshold=threshold, lane=lane
         )
-    if logits.dtype == torch.float32 and (native := native_sample()) is not None:
+    is_plain = logits.device.type == "cpu" and logits.dtype == torch.float32
+    if is_plain and (native := native_sample()) is not None:
         check_arguments(logits, seeds, positions, temperature, threshold, lane, with_ranges=False)
         drawn = native(logits, seeds, positions, temperature, threshold, lane)
         if drawn is not None:

@@ -1,4 +1,4 @@
-"""Calls ``sample.cpp``, keyed sampling on a CPU with AVX-512."""
+"""Calls ``sample.cpp``, keyed sampling on a CPU with AMX."""
 
 import ctypes
 import functools

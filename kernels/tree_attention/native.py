@@ -19,13 +19,13 @@ Attend = Callable[
 
 
 def native_tree_attention(dtype: torch.dtype, *, block_size: int, head_dim: int) -> Attend | None:
-    """The function that attends with the rows of t trees, on torch's threads; it checks nothing.
+    """The function that attends with the rows of t trees, on torch's threads; it checks no number.
 
     It takes query [T, H, D]; kv_cache [blocks, K, block_size, 2 D], in which a block and head is D rows of block_size
     keys and then block_size rows of D values; table [t, P] int32, the blocks of each tree's request; trees [t, 3]
     int64, of each the flat row and the position of its root, and its number of rows; parents int32 of all rows, one
     tree after the other, by row of the tree and 0 for a root; the factor of the scores; and output [T, H, D], of which
-    the trees' rows are written. All are contiguous.
+    the trees' rows are written. All are contiguous, queries, cache and output of the dtype given.
 
     Returns:
         The function, or None on a CPU without AMX, in other dtypes, or where vectors of 16 do not fit.
@@ -54,6 +54,9 @@ def _attend(dtype: torch.dtype) -> Attend | None:
         scale: float,
         output: torch.Tensor,
     ) -> None:
+        for one in (query, kv_cache, output):
+            if one.dtype != dtype or not one.is_contiguous():
+                raise ValueError(f"tree attention: got {one.dtype}, strides {one.stride()}, expected dense {dtype}")
         _, num_heads, head_dim = query.shape
         _, num_kv_heads, block_size, _ = kv_cache.shape
         call(

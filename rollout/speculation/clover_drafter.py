@@ -49,18 +49,18 @@ class CloverDrafter:
             InvalidRequest: The hidden states are not those of the tokens accepted since the last call, or of another
                 size than the draft's.
         """
-        size = self._proposer.draft.config.hidden_size
+        size, dtype = self._proposer.draft.config.hidden_size, self._proposer.draft.root_project.weight.dtype
         num_new = len(context) - 1 - self._state.position
         if hidden is None or hidden.shape != (num_new, size):
             got = None if hidden is None else tuple(hidden.shape)
             raise InvalidRequest("the target's hidden states", got, f"({num_new}, {size}), a row for each new token")
         tokens = torch.tensor(context[len(context) - num_new :], device=hidden.device)
-        self._proposer.extend([self._state], [num_new], tokens, hidden.float())
+        self._proposer.extend([self._state], [num_new], tokens, hidden.to(dtype))
         trees = self._proposer.propose(
             [self._state],
             DraftSampling(
                 seeds=torch.tensor([sampling.seed], device=hidden.device),
-                temperature=torch.tensor([sampling.temperature], device=hidden.device),
+                temperature=torch.tensor([sampling.temperature], dtype=torch.float32, device=hidden.device),
                 top_k=None if sampling.top_k is None else torch.tensor([sampling.top_k], device=hidden.device),
                 top_p=None if sampling.top_p == 1 else torch.tensor([sampling.top_p], device=hidden.device),
             ),

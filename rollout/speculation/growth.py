@@ -99,11 +99,11 @@ def beam_tree(
         tokens, parents, scores, budget, source: As of `best_tree`, M of each.
 
     Returns:
-        At most `budget` nodes, best first.
+        At most `budget` nodes, best first. A score that is no number counts as impossible.
     """
     paths = [0.0]
     for parent, score in zip(parents, scores, strict=True):
-        paths.append(min(score, paths[parent]))
+        paths.append(min(score, paths[parent]) if score == score else -math.inf)
     # The sort keeps the order of equals, so a parent, at least as likely, comes before its children.
     order = sorted(range(1, len(paths)), key=lambda row: -paths[row])[:budget]
     order = [row for row in order if paths[row] > -math.inf]

@@ -14,23 +14,23 @@ from rollout.speculation.clover import CloverDraft, TargetLayers
 from rollout.speculation.clover_config import DraftConfig
 from rollout.speculation.clover_state import DraftState
 from rollout.speculation.clover_trees import Beams, CloverProposer, DraftSampling
-from tests.kernels.native_cases import needs_amx
+from tests.kernels.native_cases import digests_on_threads, needs_amx
 
 pytestmark = needs_amx
 in_both = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bfloat16", "float32"])
 
-VOCAB, HIDDEN, REQUESTS = 208, 96, 24
+VOCAB, HIDDEN, REQUESTS = 208, 128, 24
 
 
-def draft_in(dtype: torch.dtype, num_heads: int = 3, num_kv_heads: int = 1) -> tuple[CloverDraft, TargetLayers]:
+def draft_in(dtype: torch.dtype) -> tuple[CloverDraft, TargetLayers]:
     """A draft of random parameters that bfloat16 holds, and the target's two matrices."""
     torch.manual_seed(5)
     config = DraftConfig(
         vocab_size=VOCAB,
         hidden_size=HIDDEN,
         num_layers=2,
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
+        num_heads=4,
+        num_kv_heads=2,
         head_dim=32,
         intermediate_size=160,
         num_steps=3,
@@ -149,6 +149,43 @@ def test_it_computes_with_the_weights_as_they_are_now() -> None:
     assert layers.matrices is not None
     layers.matrices[1].neg_()
     assert not torch.equal(grown(proposer, states).scores[:, :4], before.scores[:, :4])
+
+
+def test_a_number_that_is_none_is_no_draft() -> None:
+    proposer = CloverProposer(*draft_in(torch.float32))
+    states = run(proposer, [5, 6], [1, 1])
+    assert states[0].root is not None
+    states[0].root = states[0].root.clone().index_fill(0, torch.tensor([3]), torch.nan)
+    sampling = DraftSampling(seeds=torch.arange(2), temperature=torch.ones(2))
+    trees = proposer.propose(states, sampling, [12, 12], max_width=4, max_depth=3)
+    assert [tree.num_nodes for tree in trees] == [0, 12]
+
+
+@pytest.mark.parametrize("name", ["hidden", "tokens", "memory"])
+def test_rows_of_another_kind_are_refused(name: str) -> None:
+    proposer = CloverProposer(*draft_in(torch.float32))
+    rows = {"hidden": torch.zeros(2, HIDDEN), "tokens": torch.zeros(2, dtype=torch.int64)}
+    (place,) = [DraftState.at(0).place_for(proposer.draft.config, 2, torch.zeros(1))]
+    assert proposer._native is not None
+    proposer._native.extend([place], **rows)
+    if name == "memory":
+        place = DraftState.at(0).place_for(proposer.draft.config, 2, torch.zeros(1).double())
+    else:
+        rows[name] = rows[name].int() if name == "tokens" else rows[name].bfloat16()
+    with pytest.raises(ValueError, match=name):
+        proposer._native.extend([place], **rows)
+
+
+def test_the_number_of_threads_changes_nothing() -> None:
+    program = """
+import sys, torch
+torch.set_num_threads(int(sys.argv[1]))
+from tests.kernels.test_clover_draft import *
+for dtype in (torch.bfloat16, torch.float32):
+    proposer = CloverProposer(*draft_in(dtype))
+    print(grown(proposer, run(proposer, [5, 40, 9], [1, 2, 3])))
+"""
+    assert len(digests_on_threads(program)) == 1
 
 
 def state_of(draft: CloverDraft) -> list[tuple[str, torch.Tensor]]:

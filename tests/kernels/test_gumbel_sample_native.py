@@ -53,6 +53,7 @@ def test_tokens_and_logprobs_are_the_references(vocab_size: int, lane: int, with
     # A sum of V exponentials, each within some units in the last place, and the log of it; x itself is up to 100.
     torch.testing.assert_close(logprobs[same], expected_logprobs[same], rtol=0, atol=128 * ULP * 4)
     assert tokens[7] == 0 and logprobs[7] == -math.inf
+    assert (logprobs <= 0).all()
 
 
 def test_the_noise_is_that_of_the_reference_in_many_places() -> None:
@@ -69,6 +70,14 @@ def test_the_noise_is_that_of_the_reference_in_many_places() -> None:
     gap = noise.amax(1) - noise.gather(1, tokens[:, None]).squeeze(1)
     assert (gap <= 16 * ULP * GUMBEL_MAX).all()
     torch.testing.assert_close(logprobs, torch.full_like(logprobs, -math.log(64)), rtol=0, atol=8 * ULP * 8)
+
+
+def test_the_only_token_left_is_certain() -> None:
+    logits, how = batch(200, 50)
+    only = torch.full_like(logits, -math.inf)
+    only[:, 17] = logits[:, 17]
+    tokens, logprobs = gumbel_sample(only, **how)
+    assert (tokens == 17).all() and (logprobs == 0).all()
 
 
 def test_the_lowest_of_equal_maxima_is_drawn() -> None:

@@ -42,14 +42,35 @@ def test_a_library_is_built_once_for_each_source(folder: Path, source: Path, mon
     assert len(list(folder.iterdir())) == 3, "other flags make another library"
 
 
-def test_a_folder_that_others_can_write_to_is_not_trusted(folder: Path, source: Path) -> None:
+@pytest.mark.parametrize("level", [0, 1, 2], ids=["kernels", "longroll", "cache"])
+def test_a_folder_that_others_can_write_to_is_not_trusted(level: int, folder: Path, source: Path) -> None:
     folder.mkdir(parents=True)
-    folder.chmod(0o777)
+    opened = (folder, *folder.parents)[level]
+    opened.chmod(0o777)
     assert native._compiled(source).number() == 7
     assert not list(folder.iterdir())
-    folder.chmod(0o755)
+    opened.chmod(0o755)
     assert native._compiled(source).number() == 7
     assert len(list(folder.iterdir())) == 1
+
+
+def test_a_library_that_others_can_write_to_is_built_anew(folder: Path, source: Path) -> None:
+    native._compiled(source)
+    (kept,) = folder.iterdir()
+    assert stat.S_IMODE(kept.stat().st_mode) == 0o500
+    first = kept.stat().st_ino
+    kept.chmod(0o522)
+    native._compiled(source)
+    assert kept.stat().st_ino != first
+
+
+def test_a_damaged_library_is_not_waited_for(folder: Path, source: Path) -> None:
+    native._compiled(source)
+    (kept,) = folder.iterdir()
+    kept.unlink()
+    kept.write_bytes(b"")
+    kept.chmod(0o500)
+    assert native._compiled(source).number() == 7
 
 
 def test_the_folder_is_private(folder: Path, source: Path) -> None:
