@@ -103,7 +103,8 @@ def test_roots_and_memory_are_no_further_from_exact_than_torchs(dtype: torch.dty
         kept = [(one._memory, other._memory, one.length) for one, other in pairs]
         memory = torch.cat([(a[..., :n, :].double() - b[..., :n, :]).flatten() for a, b, n in kept])
         errors[name] = roots.square().mean().sqrt().item(), memory.square().mean().sqrt().item()
-    # float32 sums of another order err as much, but for chance; torch's bfloat16 also rounds between products.
+    # torch's bfloat16 also rounds between products. In float32 both sum as many products in lanes, in another order:
+    # over thousands of numbers such root mean squares differ by some per cent, and 2 tells a wrong term from that.
     slack = 1.0 if dtype is torch.bfloat16 else 2.0
     for mine, theirs in zip(errors["native"], errors["torch"], strict=True):
         assert mine <= slack * theirs, errors
@@ -208,7 +209,7 @@ def test_a_request_is_drafted_for_alike_in_any_batch(dtype: torch.dtype) -> None
 @pytest.mark.parametrize("top_k", [None, 1, 3, 40, VOCAB])
 @pytest.mark.parametrize("top_p", [None, 1e-6, 0.5, 0.9, 1.0])
 def test_what_top_k_and_top_p_leave_out_is_not_drafted(top_k: int | None, top_p: float | None) -> None:
-    """As torch's in float32, but for what lies at the edge of a cut by rounding."""
+    """As torch's in float32: with these seeds no logit lies within rounding of the edge of a cut."""
     found = proposers(torch.float32)
     states = {name: run(one, [9] * REQUESTS, [1] * REQUESTS) for name, one in found.items() if name != "exact"}
     how = DraftSampling(
@@ -220,8 +221,8 @@ def test_what_top_k_and_top_p_leave_out_is_not_drafted(top_k: int | None, top_p:
     trees = {
         name: found[name].propose(some, how, [12] * REQUESTS, max_width=4, max_depth=3) for name, some in states.items()
     }
-    same = [one.tree == other.tree for one, other in zip(trees["native"], trees["torch"], strict=True)]
-    assert sum(same) >= REQUESTS - 2, same
+    for one, other in zip(trees["native"], trees["torch"], strict=True):
+        assert one.tree == other.tree
     if top_k == 1 or top_p == 1e-6:
         assert trees["native"][5].tree.widths().tolist() == [1, 1, 1], "one token is left"
         assert trees["native"][0].num_nodes == 12, "greedy cuts nothing"

@@ -1,6 +1,7 @@
-"""The reference sampler: bits, noise, distribution, independence of the batch, truncation, checks.
+"""The sampler as it is called: bits, noise, distribution, independence of the batch, truncation, checks.
 
-The Triton kernels are compared with it in ``test_gumbel_sample_triton.py``.
+On a CPU with AMX that is the compiled one, which ``test_gumbel_sample_native.py`` compares with the reference, as
+``test_gumbel_sample_triton.py`` does the Triton kernels.
 """
 
 import math

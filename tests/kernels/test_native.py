@@ -13,9 +13,12 @@ pytestmark = needs_amx
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where libraries are kept in this test; not made yet."""
+    """Where libraries are kept in this test."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return tmp_path / "cache" / "longroll" / "kernels"
+    found = native._cache_folder()
+    if found is None:
+        pytest.skip(f"others can write to a folder above {tmp_path}")
+    return found
 
 
 @pytest.fixture
@@ -44,7 +47,6 @@ def test_a_library_is_built_once_for_each_source(folder: Path, source: Path, mon
 
 @pytest.mark.parametrize("level", [0, 1, 2], ids=["kernels", "longroll", "cache"])
 def test_a_folder_that_others_can_write_to_is_not_trusted(level: int, folder: Path, source: Path) -> None:
-    folder.mkdir(parents=True)
     opened = (folder, *folder.parents)[level]
     opened.chmod(0o777)
     assert native._compiled(source).number() == 7

@@ -23,7 +23,7 @@ from launch.chaos import Options, figures_of, is_good, main, overrides_of, recor
 from launch.chaos_campaign import Kill, line, read_kills
 from launch.chaos_operator import Operator
 from launch.chaos_verdict import Ledger, Ties, failures, num_duplicated, num_lost, read_ledger, sameness
-from launch.chaos_victims import Kind, by_kind, is_gone, is_worker, plan
+from launch.chaos_victims import Kind, by_kind, is_gone, is_worker, numbers_of, plan
 from launch.compose import compose
 from launch.token_counts import TokenCount, total_tokens
 from rollout.config import JournalConfig
@@ -264,6 +264,14 @@ def test_victims_are_found_by_their_titles(pretenders: list[subprocess.Popen[byt
     pretenders[1].kill()
     psutil.wait_procs([psutil.Process(pretenders[1].pid)], timeout=10)
     assert is_gone(found[Kind.CONTROLLER][0]) and by_kind(os.getpid())[Kind.CONTROLLER] == []
+
+
+def test_numbers_are_those_of_the_configuration() -> None:
+    config = compose([*overrides_of(Options(), []), "engine.num_shards=2", "engine.num_groups=3"])
+    found = numbers_of(config)
+    assert set(found) == set(Kind), "every kind can be struck"
+    assert found[Kind.SHARD] == found[Kind.ENGINE_CORE] == 6 and found[Kind.TRAINER] == config.trainer.num_ranks
+    assert found[Kind.CONTROLLER] == found[Kind.REWARD] == found[Kind.DRIVER] == 1
 
 
 def test_an_engine_core_without_a_title_is_known_by_its_shard() -> None:
