@@ -1,4 +1,4 @@
-"""Compiles C++ kernels for CPUs with AMX, each into a library.
+"""Compiles C++ kernels for CPUs with AVX-512 and its bfloat16, each into a library; with tiles (AMX) where there are.
 
 A library is built in some seconds at the first call and kept in the user's cache folder, under a digest of sources,
 flags and compiler, so that it always fits the source and the engines of a machine build it once. Where it cannot be
@@ -21,22 +21,30 @@ import torch
 
 log = logging.getLogger(__name__)
 
-_INSTRUCTIONS = ("avx512f", "avx512bw", "avx512vl", "avx512vbmi", "avx512bf16", "fma", "amx-tile", "amx-bf16")
+_INSTRUCTIONS = ("avx512f", "avx512bw", "avx512vl", "avx512vbmi", "avx512bf16", "fma")
 _FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fopenmp", "-ffp-contract=off", *(f"-m{name}" for name in _INSTRUCTIONS))
+_TILE_FLAGS = ("-mamx-tile", "-mamx-bf16", "-DLONGROLL_TILES")
 _COMPILE_TIMEOUT_S = 120
 
 
 @functools.cache
-def amx_library(source: Path) -> ctypes.CDLL | None:
+def has_tiles() -> bool:
+    """Whether the CPU has AMX and this process, by having asked, may use it."""
+    return torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.cpu._init_amx()
+
+
+@functools.cache
+def vector_library(source: Path) -> ctypes.CDLL | None:
     """The functions of a C++ file, which run on torch's threads.
 
     Args:
-        source: Defines ``extern "C" int is_supported()``: whether the CPU has the instructions it uses.
+        source: Defines ``extern "C" int is_supported()``: whether the CPU has the vector instructions it uses. It is
+            compiled with ``LONGROLL_TILES`` defined where there are tiles.
 
     Returns:
-        The library, or None on a CPU without AMX or a machine without a compiler that knows it.
+        The library, or None on a CPU without AVX-512 or its bfloat16, or a machine without a compiler that knows them.
     """
-    if torch.backends.cpu.get_cpu_capability() != "AVX512" or not torch.cpu._init_amx():
+    if torch.backends.cpu.get_cpu_capability() != "AVX512":
         return None
     try:
         library = _compiled(source)
@@ -83,8 +91,13 @@ def _build(compiler: str, source: Path, library: Path) -> None:
     then the ones that are counted and bound.
     """
     made = str(library.with_suffix(".o"))
-    for command in ((*_FLAGS, "-c", str(source), "-o", made), ("-shared", made, "-o", str(library))):
+    for command in ((*_flags(), "-c", str(source), "-o", made), ("-shared", made, "-o", str(library))):
         subprocess.run([compiler, *command], check=True, capture_output=True, text=True, timeout=_COMPILE_TIMEOUT_S)
+
+
+def _flags() -> tuple[str, ...]:
+    """Of the compiler, on this machine."""
+    return (*_FLAGS, *_TILE_FLAGS) if has_tiles() else _FLAGS
 
 
 def _digest(compiler: str, source: Path) -> str:
@@ -92,7 +105,7 @@ def _digest(compiler: str, source: Path) -> str:
     version = subprocess.run(
         [compiler, "--version"], check=True, capture_output=True, timeout=_COMPILE_TIMEOUT_S
     ).stdout
-    parts = [version, repr(_FLAGS).encode(), source.read_bytes()]
+    parts = [version, repr(_flags()).encode(), source.read_bytes()]
     parts += [header.read_bytes() for header in sorted(Path(__file__).parent.rglob("*.h"))]
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
 

@@ -7,6 +7,7 @@
 #include <immintrin.h>
 
 #include <cstdint>
+#include <cstring>
 
 extern "C" int is_supported() {
   return __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
@@ -31,6 +32,14 @@ inline void store(uint16_t* values, __m512 floats) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(values), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(floats)));
 }
 inline void store(float* values, __m512 floats) { _mm512_storeu_ps(values, floats); }
+
+// 16 pairs of neighbouring values of bfloat16, and one of them 16 times.
+inline __m512bh pairs_at(const void* words) { return reinterpret_cast<__m512bh>(_mm512_loadu_ps(words)); }
+inline __m512bh repeated(const uint16_t* pair) {
+  int32_t word;
+  std::memcpy(&word, pair, sizeof word);
+  return reinterpret_cast<__m512bh>(_mm512_set1_epi32(word));
+}
 
 // The polynomial whose highest coefficient comes first.
 template <typename... Coefficients>

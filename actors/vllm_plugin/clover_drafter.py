@@ -25,6 +25,7 @@ from rollout.speculation_config import SpeculationConfig
 
 HIDDEN_BYTES = 64 * 2**20  # of hidden states kept for a draft model that is off
 HIDDEN_STEPS = 4096  # that they are of; one that was off for longer begins there
+LAGGING_ROWS = 16  # that a request has not taken in, from which on it was not drafted for in the step before
 STATE_BYTES = 64 * 2**20  # of states of prompts and of requests that ended
 
 
@@ -64,6 +65,11 @@ class CloverDrafter:
         self._store = StateStore(STATE_BYTES)
 
     @torch.inference_mode()
+    def prepare(self, requests: Sequence[DraftRequest]) -> None:
+        lagging = [request for request in requests if self._lag(request) > LAGGING_ROWS]
+        self._catch_up(lagging, leave=1)  # what a step brings at least is left to it
+
+    @torch.inference_mode()
     def propose(self, requests: Sequence[DraftRequest], limits: DraftLimits) -> list[ScoredTree]:
         self._catch_up(requests)
         able = [request for request in requests if self._is_ready(request)]
@@ -97,11 +103,21 @@ class CloverDrafter:
         state = self._states.get(request.request_id)
         return state is not None and state.root is not None and state.position == len(request.token_ids) - 1
 
-    def _catch_up(self, requests: Sequence[DraftRequest]) -> None:
-        """Bring the states of the requests to their last tokens, as far as the target's hidden states are here."""
+    def _lag(self, request: DraftRequest) -> int:
+        """Rows that the request has yet to take in."""
+        state = self._states.get(request.request_id)
+        return len(request.token_ids) - 1 - (0 if state is None else state.position)
+
+    def _catch_up(self, requests: Sequence[DraftRequest], leave: int = 0) -> None:
+        """Bring the states of the requests to their last tokens, as far as the target's hidden states are here.
+
+        Args:
+            requests: Whose.
+            leave: Rows of each that are left.
+        """
         states, counts, tokens, rows = [], [], [], []
         for request in requests:
-            stop = len(request.token_ids) - 1  # of the root; the state before it emitted it
+            stop = len(request.token_ids) - 1 - leave  # of the root; the state before it emitted it
             state = self._states.get(request.request_id)
             if state is not None and state.position >= stop:
                 if state.position > stop:  # preempted, and what was sampled at a change of weights dropped

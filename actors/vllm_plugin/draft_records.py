@@ -65,6 +65,13 @@ class Drafter(Protocol):
 
     needs_hidden: bool
 
+    def prepare(self, requests: Sequence[DraftRequest]) -> None:
+        """Take in what these requests said while they were not drafted for: what drafting costs once, not every step.
+
+        Called before each `propose`, with the same requests.
+        """
+        ...
+
     def propose(self, requests: Sequence[DraftRequest], limits: DraftLimits) -> Sequence[ScoredTree]:
         """One tree for each request, empty where it has no idea."""
         ...

@@ -65,6 +65,9 @@ class StatelessDrafter:
     def __init__(self, config: SpeculationConfig, vllm_config: Any, model: Any) -> None:
         self._vocab_size: int = vllm_config.model_config.get_vocab_size()
 
+    def prepare(self, requests: Sequence[DraftRequest]) -> None:
+        """Nothing."""
+
     def propose(self, requests: Sequence[DraftRequest], limits: DraftLimits) -> list[ScoredTree]:
         """One tree for each request."""
         return [self._scored(self.tree(request, limits)) for request in requests]

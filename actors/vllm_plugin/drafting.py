@@ -75,7 +75,8 @@ class DraftDesk:
         self._pending: dict[str, _Pending] = {}
         self._num_unanswered = 0  # requests of the step to come that nobody had a node for
         self._choice = OFF  # made the drafts that are pending
-        self._draft_s: dict[str, float] = {}
+        self._draft_s: dict[str, float] = {}  # that they took
+        self._prepare_s = 0.0  # before that, to catch up
         self._ended_at: float | None = None
         self._num_idle = 0  # steps in a row for which nobody was to draft, of those looked at
         self._idle_size = 0  # of their batches, as a power of two
@@ -168,6 +169,7 @@ class DraftDesk:
             num_tokens=step.num_tokens,
             step_s=ended_at - began_at,
             draft_s=tuple(self._draft_s.items()),
+            prepare_s=self._prepare_s,
             has_prefill=step.size.has_prefill or step.peers.has_prefill,
             tally=tally,
             peer_sequences=step.peers.sequences,
@@ -191,7 +193,7 @@ class DraftDesk:
 
     def choose(self, num_sequences: int, context_tokens: int, version: int, peers: StepSize) -> Choice:
         """How to draft for the next step, with peers as they were in the last one."""
-        self._draft_s = {}
+        self._draft_s, self._prepare_s = {}, 0.0
         self._choice = OFF
         self._was_governed = self._is_governed
         sources = self._turned_on
@@ -246,8 +248,13 @@ class DraftDesk:
             places = [place for place, trees in enumerate(offered) if not _is_enough(trees, share.enough_tokens)]
             if not places:
                 continue
-            began, bit = self._clock(), self._bits[share.source]
-            drafted = self._drafters[share.source].propose([requests[place] for place in places], limits)
+            bit, drafter = self._bits[share.source], self._drafters[share.source]
+            asking = [requests[place] for place in places]
+            came = self._clock()
+            drafter.prepare(asking)
+            began = self._clock()
+            self._prepare_s += began - came
+            drafted = drafter.propose(asking, limits)
             for place, tree in zip(places, drafted, strict=True):
                 offered[place].append(_marked(tree, bit))
                 asked[place].append(share.source)

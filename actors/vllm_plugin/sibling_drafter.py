@@ -39,6 +39,13 @@ class SiblingDrafter:
         self._waiting: deque[SiblingTokens] = deque()
         self._lock = threading.Lock()
 
+    def prepare(self, requests: Sequence[DraftRequest]) -> None:
+        """Take in the histories of requests that are new here."""
+        with self._lock:
+            for request in requests:
+                if request.request_id not in self._known:
+                    self._take_in(request)
+
     def propose(self, requests: Sequence[DraftRequest], limits: DraftLimits) -> list[ScoredTree]:
         with self._lock:
             self._take_waiting()

@@ -1,4 +1,4 @@
-"""A Clover-2 draft model on a CPU with AMX: two calls a step instead of some hundred small operations.
+"""A Clover-2 draft model on a CPU with AVX-512: two calls a step instead of some hundred small operations.
 
 Owns the layout of what ``draft.cpp`` reads. The model itself, its tensors' names and the definition of what is computed
 are `rollout.speculation.clover` and `clover_trees`; where this cannot run, they do.
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from kernels.native import amx_library
+from kernels.native import vector_library
 
 __all__ = ["DraftMemory", "DraftShape", "NativeDraft"]
 
@@ -113,7 +113,7 @@ class NativeDraft:
         """The draft with these tensors, by name, and the target's [V, H] matrices.
 
         Returns:
-            None where they are not contiguous, all of one dtype (bfloat16 or float32), on a CPU with AMX, or their
+            None where they are not contiguous, all of one dtype (bfloat16 or float32), on a CPU with AVX-512, or their
             shapes no multiples of its vectors: H, the heads' parts of it, D and the inner width of 32, V of 16.
         """
         names = [f"extract.{name}" for name in _DECODER]
@@ -231,7 +231,7 @@ class NativeDraft:
 @functools.cache
 def _library() -> ctypes.CDLL | None:
     """``draft.cpp``, which checks nothing; None where it does not run."""
-    library = amx_library(Path(__file__).with_name("draft.cpp"))
+    library = vector_library(Path(__file__).with_name("draft.cpp"))
     if library is None:
         return None
     pointer, number = ctypes.c_void_p, ctypes.c_int64

@@ -1,4 +1,4 @@
-// A Clover-2 draft model in bfloat16 or float32 on a CPU with AMX: taking in accepted tokens, and growing trees.
+// A Clover-2 draft model in bfloat16 or float32 on a CPU with AVX-512: taking in accepted tokens, and growing trees.
 //
 // A draft of a small model is a hundred operations of some microseconds each, most of which is calling them. Here a
 // step is two calls. The definition is rollout/speculation/clover.py and clover_trees.py; between products this keeps

@@ -1,6 +1,6 @@
 """Dense products whose weight stays as it was loaded, so that it can be overwritten while it serves.
 
-On a CPU with AMX, bfloat16 runs on ``rows.cpp``; anything else on torch's own product.
+On a CPU with AVX-512's bfloat16, that runs on ``rows.cpp``; anything else on torch's own product.
 """
 
 import ctypes
@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch.nn.functional import linear
 
-from kernels.native import amx_library
+from kernels.native import vector_library
 
 __all__ = ["dense_linear"]
 
@@ -22,7 +22,7 @@ _TILE_INPUTS = 32
 def dense_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """Return x W^T + bias.
 
-    With AMX: sums in float32, to which the bias is added before they are rounded; subnormal activations and
+    On ``rows.cpp``: sums in float32, to which the bias is added before they are rounded; subnormal activations and
     weights count as zero; a row's bits do not depend on the other rows or on the number of threads.
 
     Args:
@@ -54,7 +54,7 @@ def dense_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
 @functools.cache
 def _rows() -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor] | None:
     """``dense_linear`` on ``rows.cpp``, which checks nothing; None where it does not run."""
-    library = amx_library(Path(__file__).with_name("rows.cpp"))
+    library = vector_library(Path(__file__).with_name("rows.cpp"))
     if library is None:
         return None
     call = library.dense_rows

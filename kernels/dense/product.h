@@ -1,9 +1,9 @@
-// Rows times a matrix as it lies in memory, in bfloat16 on a CPU with AMX: y = x W^T + bias.
+// Rows times a matrix as it lies in memory, in bfloat16 on a CPU with AVX-512's own: y = x W^T + bias.
 //
-// For one translation unit each, whose CPU has been asked for AVX-512 with bfloat16 and for tiles.
+// For one translation unit each. In tiles where LONGROLL_TILES is defined, in vectors elsewhere.
 //
 // A library's product of few rows either re-orders W beforehand, which then cannot be overwritten, or reads it at
-// half the speed of memory. A tile product takes its left operand as it lies and its right operand in pairs of
+// half the speed of memory. A product of pairs takes its left operand as it lies and its right operand in pairs of
 // input features. So for few rows W is the left operand and x is re-ordered, once a call; for many rows x is the
 // left one and W is re-ordered, 32 outputs at a time. Either way an output sums its input features in the same
 // order in float32, whatever other rows and outputs there are: products commute.
@@ -21,6 +21,7 @@
 #include <iterator>
 #include <memory>
 
+#include "../tiles.h"
 #include "../vectors.h"
 
 namespace {
@@ -29,7 +30,6 @@ constexpr int64_t kLanes = 16;           // rows or outputs of a tile
 constexpr int64_t kBlock = 2 * kLanes;   // of two tiles of each operand, which are multiplied at a time
 constexpr int64_t kTileInputs = 32;
 constexpr int64_t kFewRows = 128;  // about where re-ordering x and re-ordering W take the same time
-// Tile registers, which instructions name by literals: 0 to 3 sums [left][right], 4 and 5 left, 6 and 7 right.
 
 struct Product {
   const uint16_t* x;
@@ -50,23 +50,6 @@ Words right_operand(int64_t vectors, int64_t inputs) {
   return Words(static_cast<uint32_t*>(std::aligned_alloc(64, tiles * kLanes * inputs * sizeof(uint16_t))));
 }
 
-struct alignas(64) TileConfig {
-  uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t bytes[16] = {};
-  uint8_t rows[16] = {};
-};
-
-// The tile registers for `lefts` vectors of the left operand, at most kBlock.
-void configure(int64_t lefts) {
-  const auto first = static_cast<uint8_t>(std::min(lefts, kLanes));
-  const auto second = static_cast<uint8_t>(std::max<int64_t>(lefts - kLanes, 1));
-  const uint8_t rows[] = {first, first, second, second, first, second, kLanes, kLanes};
-  TileConfig config;
-  std::copy(std::begin(rows), std::end(rows), config.rows);
-  std::fill_n(config.bytes, std::size(rows), 64);
-  _tile_loadconfig(&config);
-}
-
 // Vectors [count, inputs] as a right operand: for every 16 of them [inputs / 2][16] pairs of neighbouring input
 // features, zero past the last vector.
 void order(const uint16_t* vectors, int64_t count, int64_t inputs, uint32_t* ordered) {
@@ -81,6 +64,20 @@ void order(const uint16_t* vectors, int64_t count, int64_t inputs, uint32_t* ord
         ordered += kLanes;
       }
     }
+}
+
+#ifdef LONGROLL_TILES
+
+// Tile registers, which instructions name by literals: 0 to 3 sums [left][right], 4 and 5 left, 6 and 7 right; here
+// for `lefts` vectors of the left operand, at most kBlock.
+void configure(int64_t lefts) {
+  const auto first = static_cast<uint8_t>(std::min(lefts, kLanes));
+  const auto second = static_cast<uint8_t>(std::max<int64_t>(lefts - kLanes, 1));
+  const uint8_t rows[] = {first, first, second, second, first, second, kLanes, kLanes};
+  TileConfig config;
+  std::copy(std::begin(rows), std::end(rows), config.rows);
+  std::fill_n(config.bytes, std::size(rows), 64);
+  _tile_loadconfig(&config);
 }
 
 // sums [16 Lefts][kBlock], of which 16 Rights columns are written.
@@ -121,6 +118,42 @@ void multiply(const uint16_t* left, int64_t lefts, const uint32_t* right, int64_
   else
     rights > kLanes ? multiply<1, 2>(left, right, inputs, sums) : multiply<1, 1>(left, right, inputs, sums);
 }
+
+#else
+
+constexpr int64_t kAtOnce = 8;  // vectors of the left operand, whose sums with two of the right fit the registers
+
+void configure(int64_t) {}
+
+// sums [lefts][kBlock], of which 16 Rights columns are written.
+template <int Rights>
+void multiply(const uint16_t* left, int64_t lefts, const uint32_t* right, int64_t inputs, float* sums) {
+  for (int64_t first = 0; first < lefts; first += kAtOnce) {
+    const uint16_t* vectors[kAtOnce];
+    __m512 totals[kAtOnce][Rights];
+    for (int64_t i = 0; i < kAtOnce; ++i) {
+      vectors[i] = left + std::min(first + i, lefts - 1) * inputs;
+      for (__m512& total : totals[i]) total = _mm512_setzero_ps();
+    }
+    for (int64_t k = 0; k < inputs; k += 2) {
+      __m512bh pairs[Rights];
+      for (int64_t r = 0; r < Rights; ++r) pairs[r] = pairs_at(right + (r * inputs + k) / 2 * kLanes);
+      for (int64_t i = 0; i < kAtOnce; ++i) {
+        const __m512bh pair = repeated(vectors[i] + k);
+        for (int64_t r = 0; r < Rights; ++r) totals[i][r] = _mm512_dpbf16_ps(totals[i][r], pair, pairs[r]);
+      }
+    }
+    for (int64_t i = 0; i < std::min(lefts - first, kAtOnce); ++i)
+      for (int64_t r = 0; r < Rights; ++r) _mm512_store_ps(sums + (first + i) * kBlock + r * kLanes, totals[i][r]);
+  }
+}
+
+// The product of up to kBlock vectors of each operand.
+void multiply(const uint16_t* left, int64_t lefts, const uint32_t* right, int64_t rights, int64_t inputs, float* sums) {
+  rights > kLanes ? multiply<2>(left, lefts, right, inputs, sums) : multiply<1>(left, lefts, right, inputs, sums);
+}
+
+#endif
 
 // Up to 16 outputs of a row from `output`, of `count` that there are.
 void write(__m512 sums, const Product& p, int64_t row, int64_t output, int64_t count) {
@@ -186,8 +219,7 @@ void many_rows(const Product& p, int64_t first, int64_t last) {
   }
 }
 
-// p.y = p.x p.weight^T + p.bias, on torch's threads. The process must have been granted AMX tiles; their configuration
-// is left as it was found.
+// p.y = p.x p.weight^T + p.bias, on torch's threads.
 void multiply_rows(const Product& p) {
   const bool is_few = p.rows <= kFewRows;
   Words ordered;
@@ -201,10 +233,8 @@ void multiply_rows(const Product& p) {
     const int64_t threads = omp_get_num_threads(), thread = omp_get_thread_num();
     const int64_t first = blocks * thread / threads * kBlock;
     const int64_t last = std::min(p.outputs, blocks * (thread + 1) / threads * kBlock);
-    TileConfig found;
-    _tile_storeconfig(&found);
+    const TileScope scope;
     is_few ? few_rows(p, ordered.get(), first, last) : many_rows(p, first, last);
-    _tile_loadconfig(&found);
   }
 }
 

@@ -1,6 +1,6 @@
 """Position-keyed sampling: token = argmax(logits / T + Gumbel noise keyed by (seed, position)).
 
-The one dispatcher: CUDA tensors go to the Triton kernels, float32 on a CPU with AMX to ``sample.cpp``, all
+The one dispatcher: CUDA tensors go to the Triton kernels, float32 on a CPU with AVX-512 to ``sample.cpp``, all
 others to the reference. It imports Triton on the first CUDA call, so a machine without Triton still
 samples. All draw the same bits; logarithms, and so near ties, agree within rounding.
 """

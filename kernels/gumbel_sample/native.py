@@ -1,4 +1,4 @@
-"""Calls ``sample.cpp``, keyed sampling on a CPU with AMX."""
+"""Calls ``sample.cpp``, keyed sampling on a CPU with AVX-512."""
 
 import ctypes
 import functools
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from kernels.native import amx_library
+from kernels.native import vector_library
 
 Sample = Callable[
     [torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, int],
@@ -24,9 +24,9 @@ def native_sample() -> Sample | None:
     temperature is out of its range.
 
     Returns:
-        The function, or None on a CPU without AMX or a machine without a compiler that knows it.
+        The function, or None on a CPU without AVX-512 and its bfloat16 or without a compiler that knows them.
     """
-    library = amx_library(Path(__file__).with_name("sample.cpp"))
+    library = vector_library(Path(__file__).with_name("sample.cpp"))
     if library is None:
         return None
     call = library.gumbel_sample

@@ -6,7 +6,7 @@ tensor:
 - bfloat16 activations: torch's layout for ``_weight_int4pack_mm_for_cpu``, uint8 [N, K/2] in an order
   that depends on the vector width of this machine's CPU (so it must not travel to another), and
   bfloat16 [K/G, N, 2] of scales and zeros. N K / 2 bytes and 4 N K / G bytes. ``native.py`` reads it on a
-  CPU with AMX, torch's kernel on any other.
+  CPU with AVX-512's bfloat16, torch's kernel on any other.
 - float32 activations: the canonical tensors, N K / 2 and 2 N K / G bytes. torch's INT4 matmul is tens of
   times slower than dense in float32, so these weights are made dense float32 in each call, which is
   exact and costs more time than the product at a few rows.

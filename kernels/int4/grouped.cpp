@@ -1,9 +1,9 @@
-// Rows times INT4 matrices, grouped by expert, in bfloat16 on a CPU with AMX: y = x W^T.
+// Rows times INT4 matrices, grouped by expert, in bfloat16 on a CPU with AVX-512's own: y = x W^T.
 //
 // torch's kernel looks every weight up in float32 and scales it before it multiplies: with more than one row
 // its time is arithmetic, a multiple of what reading the weights takes. Here the integer codes, which bfloat16
-// holds exactly, are looked up two input features at a time and multiplied in tiles of up to 16 rows; a group's
-// sum is scaled once, in float32. A row's sums are taken in the same order whatever other rows there are.
+// holds exactly, are looked up two input features at a time and multiplied with up to 16 rows, in tiles where
+// LONGROLL_TILES is defined and in vectors elsewhere; a group's sum is scaled once, in float32. A row's sums are taken in the same order whatever other rows there are.
 //
 // W is read where torch's kernel reads it (ATen/native/cpu/int4mm_kernel.cpp): blocks of 64 outputs, each
 // [K][32] bytes, where byte d < 16 holds outputs d and, in its high half, d + 32, and byte 16 + d outputs d + 16
@@ -18,6 +18,9 @@
 #include <cstring>
 #include <vector>
 
+#include "../tiles.h"
+#include "../vectors.h"
+
 namespace {
 
 constexpr int kLanes = 16;                 // outputs of a vector, and of a tile
@@ -27,8 +30,6 @@ constexpr int kTileInputs = 32;            // input features of a tile
 constexpr int kTileBytes = 16 * 64;
 constexpr int kMaxGroup = 128;
 constexpr int kAhead = 4096;               // bytes of weights asked for before they are used
-// Tile registers, which instructions name by literals: 0 to 3 sums of 16 outputs each, 4 rows of x, 5 weights.
-constexpr int kTiles = 6;
 
 struct Matrix {
   const uint8_t* packed;
@@ -88,11 +89,10 @@ struct LastBlock {
   }
 };
 
-struct alignas(64) TileConfig {
-  uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t bytes[16] = {};
-  uint8_t rows[16] = {};
-};
+#ifdef LONGROLL_TILES
+
+// Tile registers, which instructions name by literals: 0 to 3 sums of 16 outputs each, 4 rows of x, 5 weights.
+constexpr int kTiles = 6;
 
 // Tiles for `rows` rows of x at a time; what they held is gone.
 void configure(int rows) {
@@ -104,9 +104,10 @@ void configure(int rows) {
   _tile_loadconfig(&config);
 }
 
-// sums[v] [rows, 16] of one group: x [rows, group] times dequantised tiles [group / 32][Vectors].
+// sums [rows, Vectors, 16] of one group: x [rows, group] times dequantised tiles [group / 32][Vectors].
 template <int Vectors>
-void multiply_group(const uint16_t* x, int64_t stride, const uint8_t* tiles, int64_t group, float* sums) {
+void multiply_group(const uint16_t* x, int, int64_t inputs, const uint8_t* tiles, int64_t group, float* sums) {
+  const int64_t stride = inputs * sizeof(uint16_t);
   _tile_zero(0);
   if constexpr (Vectors > 1) _tile_zero(1);
   if constexpr (Vectors > 2) _tile_zero(2);
@@ -135,6 +136,38 @@ void multiply_group(const uint16_t* x, int64_t stride, const uint8_t* tiles, int
   if constexpr (Vectors > 3) _tile_stored(3, sums + 3 * kLanes, kStride);
 }
 
+#else
+
+constexpr int kAtOnce = 4;  // rows whose sums with four vectors fit the registers
+
+void configure(int) {}
+
+// The same, `rows` rows.
+template <int Vectors>
+void multiply_group(const uint16_t* x, int rows, int64_t inputs, const uint8_t* tiles, int64_t group, float* sums) {
+  for (int first = 0; first < rows; first += kAtOnce) {
+    const uint16_t* at[kAtOnce];
+    __m512 totals[kAtOnce][Vectors];
+    for (int i = 0; i < kAtOnce; ++i) {
+      at[i] = x + std::min(first + i, rows - 1) * inputs;
+      for (__m512& total : totals[i]) total = _mm512_setzero_ps();
+    }
+    for (int64_t k = 0; k < group; k += 2) {
+      const uint8_t* words = tiles + k / kTileInputs * Vectors * kTileBytes + k % kTileInputs / 2 * 64;
+      __m512bh weights[Vectors];
+      for (int v = 0; v < Vectors; ++v) weights[v] = pairs_at(words + v * kTileBytes);
+      for (int i = 0; i < kAtOnce; ++i) {
+        const __m512bh pair = repeated(at[i] + k);
+        for (int v = 0; v < Vectors; ++v) totals[i][v] = _mm512_dpbf16_ps(totals[i][v], pair, weights[v]);
+      }
+    }
+    for (int i = 0; i < std::min(rows - first, kAtOnce); ++i)
+      for (int v = 0; v < Vectors; ++v) _mm512_store_ps(sums + ((first + i) * Vectors + v) * kLanes, totals[i][v]);
+  }
+}
+
+#endif
+
 // Ask for a line of memory: the CPU's own foresight ends at the page, which is soon over here.
 void prefetch(const void* address) { _mm_prefetch(static_cast<const char*>(address), _MM_HINT_T0); }
 
@@ -159,7 +192,7 @@ void rows_times_block(const uint16_t* x, int rows, const uint8_t* packed, const 
       for (int v = 0; v < kVectors; ++v)
         _mm512_store_si512(target + v * kTileBytes, _mm512_permutexvar_epi16(words[v], values));
     }
-    multiply_group<kVectors>(x + first, 2 * w.inputs, tiles, w.group, sums);
+    multiply_group<kVectors>(x + first, rows, w.inputs, tiles, w.group, sums);
     for (int v = 0; v < kVectors; ++v) {
       const __m512i both = _mm512_loadu_si512(scales + 2 * kLanes * v);
       const __m512 scale = _mm512_castsi512_ps(_mm512_slli_epi32(both, 16));
@@ -197,13 +230,7 @@ struct Piece {
 
 }  // namespace
 
-extern "C" int is_supported() {
-  return __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-         __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512bf16");
-}
-
 // x [rows, inputs] and y [rows, outputs] bfloat16; rows bounds[e] up to bounds[e + 1] meet matrix e of `experts`.
-// The process must have been granted AMX tiles. Their configuration is left as it was found.
 extern "C" void grouped_int4(const uint16_t* x, const int64_t* bounds, int64_t experts, const uint8_t* packed,
                              const uint16_t* scales, int64_t outputs, int64_t inputs, int64_t group, uint16_t* y) {
   std::vector<Piece> pieces;
@@ -215,8 +242,7 @@ extern "C" void grouped_int4(const uint16_t* x, const int64_t* bounds, int64_t e
 #pragma omp parallel if (omp_get_max_threads() > 1)
   {
     const int64_t threads = omp_get_num_threads(), thread = omp_get_thread_num();
-    TileConfig found;
-    _tile_storeconfig(&found);
+    const TileScope scope;
     int configured = 0;
     for (int64_t product = products * thread / threads; product < products * (thread + 1) / threads; ++product) {
       const Piece& piece = pieces[product / blocks];
@@ -226,6 +252,5 @@ extern "C" void grouped_int4(const uint16_t* x, const int64_t* bounds, int64_t e
                      scales + 2 * piece.expert * outputs * (inputs / group), outputs, inputs, group};
       rows_times_outputs(x + piece.row * inputs, piece.rows, w, product % blocks * kBlock, y + piece.row * outputs);
     }
-    _tile_loadconfig(&found);
   }
 }

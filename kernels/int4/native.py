@@ -1,4 +1,4 @@
-"""Calls ``grouped.cpp``, the INT4 products of a CPU with AMX."""
+"""Calls ``grouped.cpp``, the INT4 products of a CPU with AVX-512 and its bfloat16."""
 
 import ctypes
 import functools
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from kernels.native import amx_library
+from kernels.native import vector_library
 
 Products = Callable[[torch.Tensor, Sequence[int], torch.Tensor, torch.Tensor, int], torch.Tensor]
 
@@ -22,9 +22,9 @@ def grouped_products() -> Products | None:
     zero. It runs on torch's threads.
 
     Returns:
-        The function, or None on a CPU without AMX or a machine without a compiler that knows it.
+        The function, or None on a CPU without these, or a machine without a compiler that knows them.
     """
-    library = amx_library(Path(__file__).with_name("grouped.cpp"))
+    library = vector_library(Path(__file__).with_name("grouped.cpp"))
     if library is None:
         return None
     call = library.grouped_int4

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from kernels.native import amx_library
+from kernels.native import vector_library
 
 _DTYPES = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
 _LANES = 16
@@ -28,7 +28,8 @@ def native_tree_attention(dtype: torch.dtype, *, block_size: int, head_dim: int)
     the trees' rows are written. All are contiguous, queries, cache and output of the dtype given.
 
     Returns:
-        The function, or None on a CPU without AMX, in other dtypes, or where vectors of 16 do not fit.
+        The function, or None on a CPU without AVX-512 and its bfloat16, in other dtypes, or where vectors of 16 do not
+        fit.
     """
     if dtype not in _DTYPES or block_size % _LANES or head_dim % _LANES:
         return None
@@ -37,7 +38,7 @@ def native_tree_attention(dtype: torch.dtype, *, block_size: int, head_dim: int)
 
 @functools.cache
 def _attend(dtype: torch.dtype) -> Attend | None:
-    library = amx_library(Path(__file__).with_name("vector_rows.cpp"))
+    library = vector_library(Path(__file__).with_name("vector_rows.cpp"))
     if library is None:
         return None
     call = getattr(library, f"attend_{_DTYPES[dtype]}")

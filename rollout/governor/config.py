@@ -17,6 +17,9 @@ class GovernorConfig:
     explore_share: float = (
         0.0075  # share of the time that trials may lose against the best choice known; part of the above
     )
+    explore_gains: float = (
+        0.05  # share of the time that drafts save, which trials may lose against the best choice known as well
+    )
     grant_steps: float = 3.0  # step times that both accounts hold at the start, so that trials need not wait for income
     cap_steps: float = (
         12.0  # most step times that an account holds, so that a long good time does not pay for a bad one
@@ -38,6 +41,7 @@ class GovernorConfig:
             "governor",
             guard_share=self.guard_share,
             explore_share=self.explore_share,
+            explore_gains=self.explore_gains,
             cap_steps=self.cap_steps,
             switch_margin=self.switch_margin,
             decide_every=self.decide_every,
@@ -54,6 +58,6 @@ class GovernorConfig:
         if not self.collapsed_drop < self.tolerated_drop <= 1:
             expected = f"above collapsed_drop = {self.collapsed_drop}, up to 1"
             raise InvalidRequest("governor.tolerated_drop", self.tolerated_drop, expected)
-        for name in ("guard_share", "explore_share", "alarm_probability"):
+        for name in ("guard_share", "explore_share", "explore_gains", "alarm_probability"):
             if getattr(self, name) >= 1:
                 raise InvalidRequest(f"governor.{name}", getattr(self, name), "below 1")

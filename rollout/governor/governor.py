@@ -258,6 +258,8 @@ class Governor:
             self._guard.charge(seconds - worth_s, off_s)
         if outcome.choice.is_trial and self._best is not None:
             self._trials.charge(seconds - worth_s / self._best.gain, off_s)
+        elif is_drafting:  # where drafts save much, something better would save more: it is looked for in earnest
+            self._trials.charge(-self._config.explore_gains * (worth_s - seconds), off_s)
         self._record.add_outcome(outcome, seconds - worth_s if is_drafting else 0.0)
 
     def _watch(self, outcome: StepOutcome, source: str) -> Alarm | None:

@@ -118,7 +118,7 @@ class Planner:
             return math.inf
         sequences, rows = outcome.num_sequences + outcome.peer_sequences, outcome.rows + outcome.peer_rows
         draft_s = sum(spent_s for _, spent_s in outcome.draft_s)
-        return self.times.worst(sequences, rows, outcome.context_tokens) + draft_s
+        return self.times.worst(sequences, rows, outcome.context_tokens) + draft_s + outcome.prepare_s
 
     def learn(self, outcome: StepOutcome) -> float:
         """A step ran.
@@ -135,10 +135,12 @@ class Planner:
                 if spent_s > 0 and choice.max_depth:
                     model = self._draft_times.setdefault(source, TimeModel())
                     model.learn(choice.max_depth, choice.max_depth * _drafted_for(outcome, source), 0, spent_s)
-            verify_s = max(outcome.step_s - draft_s, 1e-6)
+            # What a source takes once to catch up with a request is paid for, but says nothing about later steps.
+            verify_s = max(outcome.step_s - draft_s - outcome.prepare_s, 1e-6)
             sequences = outcome.num_sequences + outcome.peer_sequences
             rows = outcome.rows + outcome.peer_rows
-            seconds = self.times.learn(sequences, rows, outcome.context_tokens, verify_s) + draft_s
+            learned_s = self.times.learn(sequences, rows, outcome.context_tokens, verify_s)
+            seconds = learned_s + draft_s + outcome.prepare_s
         if outcome.tally is not None and not choice.is_off:
             index = self.budgets.index(choice.budget_nodes)
             self.acceptance(choice.sources).learn(outcome.tally.together, index, choice.max_depth)

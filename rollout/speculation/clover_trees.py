@@ -139,7 +139,7 @@ def grow_beams(
 class CloverProposer:
     """Drafts for running requests. Owns nothing but the model: states belong to the caller, by request.
 
-    In bfloat16 or float32 on a CPU with AMX it runs on `kernels.clover_draft`.
+    In bfloat16 or float32 on a CPU with AVX-512 it runs on `kernels.clover_draft`.
 
     Args:
         draft: The model, on the device of the hidden states.

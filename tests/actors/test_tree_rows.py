@@ -11,7 +11,7 @@ from actors.vllm_plugin.trees import TreeBatch
 from kernels.tree_attention import plain_cache_from_pages
 from kernels.tree_attention.reference import tree_attention_reference
 from rollout.speculation.tree import TokenTree
-from tests.kernels.native_cases import needs_amx
+from tests.kernels.native_cases import needs_vectors
 
 KV_HEADS, HEAD_DIM, BLOCK_SIZE = 2, 32, 32
 SCALE = HEAD_DIM**-0.5
@@ -33,7 +33,7 @@ def random_tree(draw: np.random.Generator, num_nodes: int) -> TokenTree:
 
 @pytest.mark.parametrize("num_query_heads", [2, 4, 6])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("max_elements", [2**21, 1, pytest.param(None, marks=needs_amx, id="native")])
+@pytest.mark.parametrize("max_elements", [2**21, 1, pytest.param(None, marks=needs_vectors, id="native")])
 def test_rows_of_trees_agree_with_the_reference(
     monkeypatch: pytest.MonkeyPatch, num_query_heads: int, dtype: torch.dtype, max_elements: int | None
 ) -> None:

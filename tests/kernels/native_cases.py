@@ -8,8 +8,8 @@ import sys
 import pytest
 import torch
 
-HAS_AMX = torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.cpu._init_amx()
-needs_amx = pytest.mark.skipif(not HAS_AMX, reason="this CPU has no AMX")
+HAS_VECTORS = torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.cpu._is_avx512_bf16_supported()
+needs_vectors = pytest.mark.skipif(not HAS_VECTORS, reason="this CPU has no AVX-512 with bfloat16")
 
 
 def digest(y: torch.Tensor) -> str:

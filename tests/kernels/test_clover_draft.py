@@ -14,9 +14,9 @@ from rollout.speculation.clover import CloverDraft, TargetLayers
 from rollout.speculation.clover_config import DraftConfig
 from rollout.speculation.clover_state import DraftState
 from rollout.speculation.clover_trees import Beams, CloverProposer, DraftSampling
-from tests.kernels.native_cases import digests_on_threads, needs_amx
+from tests.kernels.native_cases import digests_on_threads, needs_vectors
 
-pytestmark = needs_amx
+pytestmark = needs_vectors
 in_both = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bfloat16", "float32"])
 
 VOCAB, HIDDEN, REQUESTS = 208, 128, 24

@@ -8,7 +8,7 @@ from torch.nn.functional import linear
 
 from kernels.dense import dense_linear
 from tests.kernels.int4_cases import SUM_UNIT, UNIT, assert_intact, assert_within, poison_empty
-from tests.kernels.native_cases import HAS_AMX, digests_on_threads, needs_amx
+from tests.kernels.native_cases import HAS_VECTORS, digests_on_threads, needs_vectors
 
 ON_THREADS = """
 import sys, torch
@@ -50,13 +50,13 @@ def test_the_error_is_that_of_float32_sums_rounded_once(num_out: int, num_in: in
     y = dense_linear(x, weight, chosen)
     assert y.dtype == torch.bfloat16
     exact, error = bounded(x, weight, chosen)
-    if chosen is not None and not HAS_AMX:
+    if chosen is not None and not HAS_VECTORS:
         # torch's product may be rounded before the bias is added
         error = error + UNIT[torch.bfloat16] * exact.abs()
     assert_within(y, (exact, error))
 
 
-@needs_amx
+@needs_vectors
 @pytest.mark.parametrize(("num_out", "num_in"), SHAPES)
 def test_a_row_has_the_same_bits_whatever_rows_and_outputs_there_are(num_out: int, num_in: int) -> None:
     x, weight, bias = operands(num_out, num_in, max(ROWS))
@@ -68,12 +68,12 @@ def test_a_row_has_the_same_bits_whatever_rows_and_outputs_there_are(num_out: in
     assert torch.equal(dense_linear(x, weight[:few], bias[:few]), whole[:, :few])
 
 
-@needs_amx
+@needs_vectors
 def test_the_number_of_threads_changes_nothing() -> None:
     assert len(digests_on_threads(ON_THREADS)) == 1
 
 
-@needs_amx
+@needs_vectors
 @pytest.mark.parametrize("num_rows", [20, 140])
 def test_a_row_that_is_not_finite_stays_alone(num_rows: int) -> None:
     x, weight, bias = operands(50, 64, num_rows)
@@ -85,7 +85,7 @@ def test_a_row_that_is_not_finite_stays_alone(num_rows: int) -> None:
     assert torch.equal(y[others], whole[others])
 
 
-@needs_amx
+@needs_vectors
 def test_what_lies_behind_the_matrix_is_not_read_into_the_result() -> None:
     memory = torch.full((40, 64), math.nan).bfloat16()
     x, memory[:17], _ = operands(17, 64, 130)

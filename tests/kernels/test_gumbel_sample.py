@@ -1,6 +1,6 @@
 """The sampler as it is called: bits, noise, distribution, independence of the batch, truncation, checks.
 
-On a CPU with AMX that is the compiled one, which ``test_gumbel_sample_native.py`` compares with the reference, as
+On a CPU with AVX-512 that is the compiled one, which ``test_gumbel_sample_native.py`` compares with the reference, as
 ``test_gumbel_sample_triton.py`` does the Triton kernels.
 """
 

@@ -9,9 +9,9 @@ import torch
 
 from kernels.int4 import int4_linear, kernel_form
 from kernels.int4.native import grouped_products
-from kernels.native import amx_library
+from kernels.native import vector_library
 from tests.kernels.int4_cases import UNIT, assert_within, linear_bound, random_packed
-from tests.kernels.native_cases import digests_on_threads, needs_amx
+from tests.kernels.native_cases import digests_on_threads, needs_vectors
 
 ON_THREADS = """
 import sys, torch
@@ -30,24 +30,24 @@ print(digest(y))
 @pytest.fixture
 def forgotten() -> Iterator[None]:
     """The library is built anew within the test and after it."""
-    for cached in (amx_library, grouped_products):
+    for cached in (vector_library, grouped_products):
         cached.cache_clear()
     yield
-    for cached in (amx_library, grouped_products):
+    for cached in (vector_library, grouped_products):
         cached.cache_clear()
 
 
-@needs_amx
+@needs_vectors
 def test_it_is_built_where_it_can_run() -> None:
     assert grouped_products() is not None
 
 
-@needs_amx
+@needs_vectors
 def test_the_number_of_threads_changes_nothing() -> None:
     assert len(digests_on_threads(ON_THREADS)) == 1
 
 
-@needs_amx
+@needs_vectors
 def test_a_row_that_is_not_finite_stays_alone() -> None:
     form = kernel_form(*random_packed(64, 128, group_size=32))
     x = torch.randn(20, 128, generator=torch.Generator().manual_seed(1)).bfloat16()
@@ -59,7 +59,7 @@ def test_a_row_that_is_not_finite_stays_alone() -> None:
     assert torch.equal(y[others], whole[others])
 
 
-@needs_amx
+@needs_vectors
 @pytest.mark.parametrize("compiler", ["no-such-compiler", "false"])
 def test_without_a_compiler_torch_serves(
     compiler: str, forgotten: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from kernels import native
-from tests.kernels.native_cases import needs_amx
+from tests.kernels.native_cases import needs_vectors
 
-pytestmark = needs_amx
+pytestmark = needs_vectors
 
 
 @pytest.fixture
