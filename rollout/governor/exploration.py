@@ -1,9 +1,9 @@
 """When to try what is not known to pay, and with how many requests.
 
 Three reasons to try. A plan might pay, going by how little is known of it (its estimate plus a standard error): that is
-what happens at the start, and again where the batch has shrunk to sizes not seen before, and it ends by itself as the
-errors shrink. And a set of sources that did not pay might have become better: it is tried again after an interval that
-doubles as long as it does not, and starts afresh when the weights change or the batch shrinks. And a source that seems
+what happens at the start, and again where the batch has a size not seen before, and it ends by itself as the errors
+shrink. And a set of sources that did not pay might have become better: it is tried again after an interval that doubles
+as long as it does not, and starts afresh when the weights change or at a smaller size that is new. And a source that seems
 to have fallen at a sync is drafted with, as cheaply as can be, until that is certain or refuted: it stops paying before
 the alarm is certain of it, and would otherwise be turned off in silence.
 
@@ -54,24 +54,28 @@ class Exploration:
 
     def __init__(self, config: GovernorConfig) -> None:
         self._config = config
-        self._retries: dict[Sources, Retry] = {}
-        self._tried: dict[tuple[Sources, int], int] = {}  # at which step a plan was last to be tried
+        self._retries: dict[tuple[int, Sources], Retry] = {}  # by size
+        self._tried: dict[tuple[int, Sources, int], int] = {}  # at which step a plan was last to be tried, by size
+        self._size = 0
         self.trial: Trial | None = None
 
     def rearm(self, step: int) -> None:
         """The weights changed: all that was given up is tried again at once."""
         self._tried.clear()
-        for key in self._retries:
-            self._retries[key] = Retry(self._config.retry_steps, step)
+        self._retries = {key: Retry(self._config.retry_steps, step) for key in self._retries if key[0] == self._size}
 
-    def resized(self) -> None:
-        """Steps have another size, at which nothing was tried yet."""
-        self._tried.clear()
+    def resized(self, size: int, step: int) -> None:
+        """Steps have this size from now on. Each size is tried for itself, however often batches change between them.
 
-    def shorten(self, step: int) -> None:
-        """Batches shrank. Drafts pay sooner now, if they are any good: they are tried soon, and waits start afresh."""
-        for retry in self._retries.values():
-            retry.interval, retry.at_step = self._config.retry_steps, min(retry.at_step, step + SHRUNK_STEPS)
+        Of fewer requests drafts pay sooner, if they are any good: at a smaller size that is new they are tried soon. At
+        a larger one that is new they wait as they did.
+        """
+        for (at, sources), retry in list(self._retries.items()):
+            if at == self._size and (size, sources) not in self._retries:
+                same = Retry(retry.interval, retry.at_step)
+                soon = Retry(self._config.retry_steps, min(retry.at_step, step + SHRUNK_STEPS))
+                self._retries[size, sources] = soon if size < at else same
+        self._size = size
 
     def plan(
         self, plans: Sequence[Plan], best: Plan, allowed: set[Sources], step: int, suspected: Sequence[str] = ()
@@ -100,7 +104,7 @@ class Exploration:
             if plan is not best
             and plan.is_near
             and (plan.is_off or plan.sources in allowed)
-            and step >= self._tried.get(_key(plan), -COOLING_STEPS) + COOLING_STEPS
+            and step >= self._tried.get(self._key(plan), -COOLING_STEPS) + COOLING_STEPS
         ]
         hope, index = max(hopes, default=(0.0, 0))
         if hope > wanted:
@@ -108,7 +112,7 @@ class Exploration:
             return
         for sources, plan in _best_of_each(plans).items():
             # Sets that are new are due at once: hope alone would leave one aside that another outshines.
-            retry = self._retries.setdefault(sources, Retry(self._config.retry_steps, step))
+            retry = self._retries.setdefault((self._size, sources), Retry(self._config.retry_steps, step))
             if sources == best.sources:
                 retry.interval, retry.at_step = self._config.retry_steps, step + self._config.retry_steps
             elif step >= retry.at_step:
@@ -146,7 +150,10 @@ class Exploration:
         if trial.shots <= 0:
             self.trial = None
             if is_full:
-                self._tried[_key(trial.plan)] = step
+                self._tried[self._key(trial.plan)] = step
+
+    def _key(self, plan: Plan) -> tuple[int, Sources, int]:
+        return self._size, plan.sources, plan.budget_index
 
 
 def loss_s(plan: Plan, best_gain: float, times: TimeModel, state: StepState, requests: int) -> float:
@@ -172,10 +179,6 @@ def _hope(plan: Plan, off_s: float) -> float:
     faster_s = max(plan.step_s * math.exp(-HOPE * plan.time_error), off_s + plan.draft_s)
     more = 1 + HOPE * plan.accepted_error / (1 + plan.accepted)
     return plan.gain * plan.step_s / faster_s * more
-
-
-def _key(plan: Plan) -> tuple[Sources, int]:
-    return plan.sources, plan.budget_index
 
 
 def _best_of_each(plans: Sequence[Plan]) -> dict[Sources, Plan]:

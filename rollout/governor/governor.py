@@ -153,10 +153,8 @@ class Governor:
         if last is not None and not self._is_stale and last[1:] == (size, state.sources):
             if self._step - last[0] < self._interval:
                 return
-        if last is not None and size != last[1]:
-            self._exploration.resized()
-        if last is not None and size < last[1]:
-            self._exploration.shorten(self._step)
+        if last is None or size != last[1]:
+            self._exploration.resized(size, self._step)
         is_same = last is not None and not self._is_stale and last[1:] == (size, state.sources)
         self._decided_at, self._is_stale = (self._step, size, state.sources), False
         before = self._best

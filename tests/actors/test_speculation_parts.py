@@ -1,16 +1,19 @@
 """The parts of speculation inside an engine, without one."""
 
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from vllm.v1.request import RequestStatus
 
 from actors.engine_args import engine_args
 from actors.vllm_plugin import patches
+from actors.vllm_plugin.clover_drafter import CloverDrafter
 from actors.vllm_plugin.draft_records import NOTHING, DraftLimits, DraftRequest, StepSize, Verified
 from actors.vllm_plugin.drafters import AdversarialDrafter, RandomDrafter
 from actors.vllm_plugin.drafting import RESIZED_LOOKS, REST_AFTER, REST_STRIDE, DraftDesk
@@ -29,6 +32,7 @@ from rollout.speculation.walk import Accepted, walk
 from rollout.speculation_config import SpeculationConfig
 from tests.actors.speculation_drafters import StubDrafter
 
+TINY = Path(__file__).resolve().parents[2] / "models" / "tiny"
 VOCAB = 50
 MODEL = SimpleNamespace(model_config=SimpleNamespace(get_vocab_size=lambda: VOCAB))
 
@@ -264,6 +268,55 @@ def test_a_dear_source_is_asked_where_a_cheap_one_expects_too_little() -> None:
         one.verified(step(3, [(name, tree, walk(tree, [9] * tree.num_rows)) for name, tree in trees.items()]))
         by_source = governor.observe.call_args.args[0].tally.by_source
         assert (by_source["tests:0"].asked, by_source["tests:1"].asked) == (2, 3)
+
+
+def test_catching_up_is_timed_apart_from_drafting() -> None:
+    now = [0.0]
+    drafter = StubDrafter([TokenTree.chain([1, 2])])
+
+    def passing(seconds: float, result: object) -> object:
+        now[0] += seconds
+        return result
+
+    drafter.prepare = lambda requests: passing(5.0, None)  # type: ignore[method-assign]
+    drafted = drafter.propose([request()], None)
+    drafter.propose = lambda requests, limits: passing(0.25, drafted)  # type: ignore[method-assign]
+    one = desk(drafter, clock=lambda: now[0], governor=True)
+    with mock.patch.object(one, "_governor") as governor:
+        governor.choose.return_value = one._fixed(["tests:0"])
+        one.verified(step(1))
+        one.choose(1, 10, 0, NOTHING)
+        trees = one.propose([request()])
+        one.verified(step(1, [(name, tree, walk(tree, [9] * tree.num_rows)) for name, tree in trees.items()]))
+        outcome = governor.observe.call_args.args[0]
+        assert (outcome.draft_s, outcome.prepare_s, outcome.step_s) == ((("tests:0", 0.25),), 5.0, 5.25)
+        one.choose(1, 10, 0, NOTHING)
+        one.verified(step(1))
+        assert governor.observe.call_args.args[0].prepare_s == 0.0
+
+
+def test_a_draft_model_that_was_off_catches_up_before_it_drafts() -> None:
+    """What is drafted is the same either way; a step's own row is left to the step."""
+    weights = load_file(TINY / "model.safetensors")
+    embedding, head = weights["model.embed_tokens.weight"], weights["lm_head.weight"]
+    model = SimpleNamespace(embed_tokens=SimpleNamespace(weight=embedding), lm_head=SimpleNamespace(weight=head))
+    vocab_size, hidden_size = head.shape
+    described = mock.Mock(model=str(TINY), get_vocab_size=lambda: vocab_size, get_hidden_size=lambda: hidden_size)
+    tokens = np.arange(3, 60, dtype=np.int32)
+    states = torch.randn(len(tokens) - 1, hidden_size, generator=torch.Generator().manual_seed(0)).to(head.dtype)
+    asked, limits = request(tokens=tokens), DraftLimits(max_width=4, max_depth=4)
+    drafted = []
+    for prepares in (True, False):
+        drafter = CloverDrafter(config(draft_model=str(TINY / "draft")), SimpleNamespace(model_config=described), model)
+        drafter.take_hidden(["a"], np.array([len(states)]), np.array([0]), states)
+        if prepares:
+            drafter.prepare([asked])
+            assert drafter._lag(asked) == 1
+        (tree,) = drafter.propose([asked], limits)
+        assert drafter._lag(asked) == 0
+        drafter.prepare([asked])
+        drafted.append((tree.tree.tokens.tolist(), tree.tree.parents.tolist()))
+    assert drafted[0] == drafted[1] and drafted[0][0]
 
 
 def test_steps_that_nobody_drafts_for_are_looked_at_now_and_then() -> None:

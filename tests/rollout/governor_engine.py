@@ -45,12 +45,18 @@ def choice_of(drafters, budget: int, depth: int = MAX_DEPTH, width: int = MAX_WI
 
 @dataclass(slots=True)
 class Source:
-    """A drafter: its chances, how often it offers anything, and what it costs for each layer."""
+    """A drafter: its chances, how often it offers anything, and what it costs.
+
+    Attributes:
+        layer_s, layer_sequence_s: For each layer, and for each layer and request.
+        prepare_s: Once, for each request that it did not draft for in the step before.
+    """
 
     chances: np.ndarray
     offer: float = 1.0
     layer_s: float = 0.0
     layer_sequence_s: float = 0.0
+    prepare_s: float = 0.0
     _trees: dict[tuple[int, int, int], list[Children]] = field(default_factory=dict)
 
     def tree(self, budget: int, max_depth: int, max_width: int) -> list[Children]:
@@ -106,6 +112,7 @@ class Engine:
     rng: np.random.Generator
     noise: float = 0.05
     outliers: float = 0.01
+    _asked: tuple[str, ...] = ()
     _worth: dict[tuple, tuple[float, float]] = field(default_factory=dict)
 
     def step(self, choice: Choice, sequences: int, context: int, version: int = 0) -> StepOutcome:
@@ -115,6 +122,8 @@ class Engine:
             tally, nodes = self._draft(choice, asked)
             accepted = tally.together.accepted
         draft = self.draft_s(choice, asked)
+        prepare_s = asked * sum(self.sources[name].prepare_s for name in choice.sources if name not in self._asked)
+        self._asked = choice.sources
         factor = self.rng.lognormal(0, self.noise) * (4 if self.rng.random() < self.outliers else 1)
         return StepOutcome(
             choice=choice,
@@ -123,7 +132,8 @@ class Engine:
             version=version,
             rows=sequences + nodes,
             num_tokens=sequences + accepted,
-            step_s=(self.curve(sequences, sequences + nodes, context) + sum(draft.values())) * factor,
+            step_s=(self.curve(sequences, sequences + nodes, context) + sum(draft.values()) + prepare_s) * factor,
+            prepare_s=prepare_s * factor,
             draft_s=tuple((name, spent * factor) for name, spent in draft.items() if spent),
             tally=tally,
         )

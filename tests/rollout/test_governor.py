@@ -174,6 +174,28 @@ def test_a_new_source_is_tried_at_once_even_beside_one_that_does_well():
     assert "sibling" in run(governor, engine, 300, 4).choices[-1].sources
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_a_source_that_must_catch_up_first_is_known_by_what_it_costs_afterwards(seed):
+    """A step takes 13 ms; the better source takes 5 ms for each request that it begins to draft for, 0.1 a layer then."""
+    governor = Governor(LIMITS)
+    cheap = Source(chances(0.75, 0.97, (1.0, 0.1, 0.05, 0.02)), offer=0.6)
+    better = Source(chances(0.93, 0.98, (1.0, 0.04, 0.01, 0.01)), layer_s=1e-4, prepare_s=5e-3)
+    engine = engine_of(cpu_s, {"sibling": cheap, "clover2": better}, seed=seed)
+    settled = run(governor, engine, 400, 4)
+    best, _ = engine.best_fixed(governor.planner.budgets, 4, 5200)
+    assert all("clover2" in choice.sources for choice in settled.choices[-100:] if not choice.is_trial)
+    assert run(governor, engine, 200, 4).speed >= 0.9 * best
+
+
+def test_catching_up_says_nothing_of_the_steps_to_come():
+    governor = Governor(LIMITS)
+    outcome = StepOutcome(
+        choice=OFF, num_sequences=4, context_tokens=400, version=0, rows=4, num_tokens=4, step_s=0.5, prepare_s=0.49
+    )
+    assert governor.planner.learn(outcome) == pytest.approx(0.5)
+    assert governor.planner.base_s(4, 400) == pytest.approx(0.01)
+
+
 def test_a_new_source_and_a_new_version_are_tried_at_once():
     governor = Governor(LIMITS)
     engine = engine_of(cpu_s, {**USELESS, "clover2": Source(chances(0.75))}, seed=7)
