@@ -307,7 +307,8 @@ def test_a_draft_model_that_was_off_catches_up_before_it_drafts() -> None:
     asked, limits = request(tokens=tokens), DraftLimits(max_width=4, max_depth=4)
     drafted = []
     for prepares in (True, False):
-        drafter = CloverDrafter(config(draft_model=str(TINY / "draft")), SimpleNamespace(model_config=described), model)
+        engine = SimpleNamespace(model_config=described)
+        drafter = CloverDrafter(config(draft_model=str(TINY / "draft")), engine, model)
         drafter.take_hidden(["a"], np.array([len(states)]), np.array([0]), states)
         if prepares:
             drafter.prepare([asked])

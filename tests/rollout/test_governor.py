@@ -176,7 +176,7 @@ def test_a_new_source_is_tried_at_once_even_beside_one_that_does_well():
 
 @pytest.mark.parametrize("seed", range(4))
 def test_a_source_that_must_catch_up_first_is_known_by_what_it_costs_afterwards(seed):
-    """A step takes 13 ms; the better source takes 5 ms for each request that it begins to draft for, 0.1 a layer then."""
+    """Steps take 13 ms; the better source 5 ms for each request that it begins to draft for, and then 0.1 a layer."""
     governor = Governor(LIMITS)
     cheap = Source(chances(0.75, 0.97, (1.0, 0.1, 0.05, 0.02)), offer=0.6)
     better = Source(chances(0.93, 0.98, (1.0, 0.04, 0.01, 0.01)), layer_s=1e-4, prepare_s=5e-3)
