@@ -1,11 +1,11 @@
 """When to try what is not known to pay, and with how many requests.
 
 Three reasons to try. A plan might pay, going by how little is known of it (its estimate plus a standard error): that is
-what happens at the start, and again where the batch has a size not seen before, and it ends by itself as the errors
+what happens at the start, and again where the batch has a size not seen before, and ends by itself as the errors
 shrink. And a set of sources that did not pay might have become better: it is tried again after an interval that doubles
-as long as it does not, and starts afresh when the weights change or at a smaller size that is new. And a source that seems
-to have fallen at a sync is drafted with, as cheaply as can be, until that is certain or refuted: it stops paying before
-the alarm is certain of it, and would otherwise be turned off in silence.
+as long as it does not, and starts afresh when the weights change or at a smaller size that is new. And a source that
+seems to have fallen at a sync is drafted with, as cheaply as can be, until that is certain or refuted: it stops paying
+before the alarm is certain of it, and would otherwise be turned off in silence.
 
 Trials that might be dear are made with a few of the requests; what they may cost in all is bounded by an account.
 """
