@@ -99,6 +99,9 @@ class CloverDrafter:
         if state is not None and state.length:
             self._store.keep(request.token_ids, state)
 
+    def forget(self, request_id: str) -> None:
+        self._states.pop(request_id, None)
+
     def _is_ready(self, request: DraftRequest) -> bool:
         state = self._states.get(request.request_id)
         return state is not None and state.root is not None and state.position == len(request.token_ids) - 1

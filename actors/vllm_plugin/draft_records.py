@@ -85,7 +85,7 @@ class Drafter(Protocol):
             request_ids: b of them.
             counts: [b] rows of each.
             first: [b] position of its first row; the others follow it.
-            rows: [sum of counts, H] states after the final norm.
+            rows: [sum of counts, H] states after the final norm, valid in this call.
         """
         ...
 
@@ -95,6 +95,10 @@ class Drafter(Protocol):
 
     def end(self, request: DraftRequest) -> None:
         """All that a request has said: it has ended."""
+        ...
+
+    def forget(self, request_id: str) -> None:
+        """A request has ended, and nobody wants to draft from what it said."""
         ...
 
 

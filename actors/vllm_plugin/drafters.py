@@ -87,6 +87,9 @@ class StatelessDrafter:
     def end(self, request: DraftRequest) -> None:
         """Nothing."""
 
+    def forget(self, request_id: str) -> None:
+        """Nothing."""
+
     def _scored(self, tree: TokenTree) -> ScoredTree:
         """Any token is as likely as any other."""
         scores = -math.log(self._vocab_size) * tree.depths[1:].astype(np.float64)

@@ -120,8 +120,8 @@ class DraftDesk:
 
     @property
     def needs_hidden(self) -> bool:
-        """Whether some drafter wants hidden states."""
-        return any(drafter.needs_hidden for drafter in self._drafters.values())
+        """Whether some drafter that is turned on wants hidden states."""
+        return any(self._drafters[source].needs_hidden for source in self._turned_on)
 
     @property
     def num_pending(self) -> int:
@@ -140,8 +140,11 @@ class DraftDesk:
     def end(self, request: DraftRequest) -> None:
         """A request has ended."""
         self._pending.pop(request.request_id, None)
-        for drafter in self._drafters.values():
-            drafter.end(request)
+        for source, drafter in self._drafters.items():
+            if source in self._turned_on:
+                drafter.end(request)
+            else:
+                drafter.forget(request.request_id)
         if self._governor is not None:
             self._governor.requests.forget(request.request_id)
 
@@ -274,16 +277,16 @@ class DraftDesk:
 
     def learn(self, request: DraftRequest) -> None:
         """See `Drafter.learn`."""
-        for drafter in self._drafters.values():
-            drafter.learn(request)
+        for source in self._turned_on:
+            self._drafters[source].learn(request)
 
     def take_hidden(
         self, request_ids: Sequence[str], counts: np.ndarray, first: np.ndarray, rows: torch.Tensor
     ) -> None:
         """See `Drafter.take_hidden`."""
-        for drafter in self._drafters.values():
-            if drafter.needs_hidden:
-                drafter.take_hidden(request_ids, counts, first, rows)
+        for source in self._turned_on:
+            if self._drafters[source].needs_hidden:
+                self._drafters[source].take_hidden(request_ids, counts, first, rows)
 
     @property
     def draft_model(self) -> torch.nn.Module | None:

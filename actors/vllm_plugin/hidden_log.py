@@ -1,7 +1,9 @@
 """The target's hidden states of the last steps, by request and position, until a draft model asks for them.
 
 A draft model that is turned off for a while must be able to catch up when it is turned on again, and most steps it is
-off. So a step only leaves a reference here, and rows are picked out when asked for. Knows nothing of who asks.
+off. So a step's rows are copied into a ring, and looked through when asked for. A ring, because memory that a step
+leaves behind is memory that the next one cannot use again: its tensors would move through all of the heap, and a small
+model's would be in no cache. Knows nothing of who asks.
 """
 
 from __future__ import annotations
@@ -17,12 +19,17 @@ import torch
 
 @dataclass(kw_only=True)
 class Entry:
-    """One step: the arguments of `HiddenLog.add`, and an index of them that most entries never need."""
+    """One step: the arguments of `HiddenLog.add`, and an index of them that most entries never need.
+
+    Attributes:
+        begin, end: Of its rows in the ring, counted from the first that was ever written.
+    """
 
     request_ids: tuple[str, ...]
     counts: np.ndarray
     first: np.ndarray
-    rows: torch.Tensor
+    begin: int
+    end: int
 
     @cached_property
     def places(self) -> dict[str, tuple[int, int, int]]:
@@ -43,7 +50,15 @@ class HiddenLog:
     def __init__(self, max_bytes: int, max_steps: int) -> None:
         self._max_bytes, self._max_steps = max_bytes, max_steps
         self._entries: deque[Entry] = deque()
-        self.num_bytes = 0
+        self._ring: torch.Tensor | None = None  # [capacity, H]
+        self._end = 0  # rows ever written, and skipped at the ring's end
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the states that are kept."""
+        if self._ring is None:
+            return 0
+        return sum(entry.end - entry.begin for entry in self._entries) * self._ring[0].nbytes
 
     def add(self, request_ids: Sequence[str], counts: np.ndarray, first: np.ndarray, rows: torch.Tensor) -> None:
         """A step.
@@ -52,12 +67,27 @@ class HiddenLog:
             request_ids: b of them.
             counts: [b] rows of each, one request after the other.
             first: [b] position of each one's first row; the others follow it.
-            rows: [sum of counts, H]; must not be overwritten later.
+            rows: [sum of counts, H]; copied. A step of more rows than there is room for is not kept.
         """
-        self._entries.append(Entry(request_ids=tuple(request_ids), counts=counts, first=first, rows=rows))
-        self.num_bytes += rows.nbytes
-        while self.num_bytes > self._max_bytes or len(self._entries) > self._max_steps:
-            self.num_bytes -= self._entries.popleft().rows.nbytes
+        if self._ring is None:
+            self._ring = rows.new_empty(max(1, self._max_bytes // max(1, rows[0].nbytes)), rows.shape[1])
+        capacity = len(self._ring)
+        if len(rows) > capacity:
+            self._entries.clear()
+            return
+        begin = self._end
+        if begin % capacity + len(rows) > capacity:  # an entry lies in one piece
+            begin += capacity - begin % capacity
+        self._end = begin + len(rows)
+        while self._entries and (
+            self._entries[0].begin < self._end - capacity or len(self._entries) >= self._max_steps
+        ):
+            self._entries.popleft()
+        place = begin % capacity
+        self._ring[place : place + len(rows)].copy_(rows)
+        self._entries.append(
+            Entry(request_ids=tuple(request_ids), counts=counts, first=first, begin=begin, end=self._end)
+        )
 
     def since(self, request_id: str, position: int, stop: int) -> tuple[int, torch.Tensor | None]:
         """The states at positions up to `stop`, from `position` on if they are here, else from the first on that is.
@@ -77,7 +107,9 @@ class HiddenLog:
             if first + count < begin:
                 break
             start = max(first, position)
-            parts.append(entry.rows[row + start - first : row + begin - first])
+            assert self._ring is not None
+            row += entry.begin % len(self._ring) - first
+            parts.append(self._ring[row + start : row + begin])
             begin = start
             if begin <= position:
                 break

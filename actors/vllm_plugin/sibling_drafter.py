@@ -66,7 +66,11 @@ class SiblingDrafter:
     def end(self, request: DraftRequest) -> None:
         """Take in the rest; what was said stays."""
         self.learn(request)
-        self._known.pop(request.request_id, None)
+        self.forget(request.request_id)
+
+    def forget(self, request_id: str) -> None:
+        """What was taken in stays."""
+        self._known.pop(request_id, None)
 
     def delta(self, receiver: str) -> tuple[SiblingTokens, ...]:
         """What has been generated here since this receiver last asked. From any thread."""

@@ -233,7 +233,7 @@ class TreeRunnerMixin:
         starts = self.query_start_loc.np[: len(ids) + 1].astype(np.int64)  # type: ignore[attr-defined]
         first = self.input_batch.num_computed_tokens_cpu[: len(ids)].astype(np.int64)  # type: ignore[attr-defined]
         if not self._accepted:
-            desk.take_hidden(ids, np.diff(starts), first, _kept(state.hidden_states[: starts[-1]]))
+            desk.take_hidden(ids, np.diff(starts), first, state.hidden_states[: starts[-1]])
             return
         trees = {name: tree for name, tree, _ in self._verified_trees}
         rows, counts = [], []
@@ -308,8 +308,3 @@ def draft_request(request_id: str, state: Any, tokens: np.ndarray, *, max_depth:
         max_depth=max_depth,
         budget=budget,
     )
-
-
-def _kept(rows: torch.Tensor) -> torch.Tensor:
-    """Rows that the next forward does not overwrite: graphs on CUDA write theirs where they wrote them before."""
-    return rows.clone() if rows.is_cuda else rows
