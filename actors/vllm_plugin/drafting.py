@@ -32,9 +32,11 @@ from rollout.speculation.tree import TokenTree
 from rollout.speculation.walk import Accepted
 from rollout.speculation_config import SpeculationConfig
 
-REST_AFTER = 32  # steps in a row without drafts, from which on only one of
+REST_AFTER = 32  # steps in a row without drafts at a size of batches, from which on only one of
 REST_STRIDE = 8  # is looked at: looking costs some per cent of a short step
-RESIZED_LOOKS = 16  # steps that are looked at when batches have another size: drafts may pay at this one
+MAX_REST_STRIDE = 32  # and in the end only one of these: the stride doubles
+LOOKS_A_STRIDE = 8  # every so many looks
+RESIZED_LOOKS = 16  # steps that are looked at when batches have a size that is new: drafts may pay at this one
 DRAFTS_ATTRIBUTE = "longroll_drafts"  # on vLLM's ModelRunnerOutput: request id → draft tokens of its next step
 
 
@@ -48,6 +50,9 @@ class _Pending:
 
 class DraftDesk:
     """Asks the drafters for trees. Used by one thread, but for what `methods` serves.
+
+    Attributes:
+        needs_hidden: Some drafter that is turned on wants hidden states.
 
     Args:
         config: Limits and sources.
@@ -78,10 +83,12 @@ class DraftDesk:
         self._draft_s: dict[str, float] = {}  # that they took
         self._prepare_s = 0.0  # before that, to catch up
         self._ended_at: float | None = None
-        self._num_idle = 0  # steps in a row for which nobody was to draft, of those looked at
-        self._idle_size = 0  # of their batches, as a power of two
+        self._size = 0  # of the batch, as a power of two
+        self._num_idle: dict[int, int] = {}  # steps in a row for which nobody was to draft, of those looked at, by size
+        self._version: int | None = None  # of the weights, as last seen
         self._num_rested = 0  # steps that were not looked at, since one was
         self._turned_on = self._sources
+        self.needs_hidden = self._has_reader()
         self._is_governed = self._was_governed = self._governor is not None  # the latter: when it was last chosen
 
     def turn(self, sources: Sequence[str], always: bool = False) -> None:
@@ -98,6 +105,7 @@ class DraftDesk:
         if unknown:
             raise InvalidRequest("sources of drafts", unknown, f"some of {', '.join(self._sources)}")
         self._turned_on = tuple(sorted(sources))
+        self.needs_hidden = self._has_reader()
         self._is_governed = self._governor is not None and not always
 
     @property
@@ -105,23 +113,20 @@ class DraftDesk:
         """Whether all sources are."""
         return not self._turned_on
 
+    def _has_reader(self) -> bool:
+        return any(self._drafters[source].needs_hidden for source in self._turned_on)
+
     def rests(self, num_sequences: int) -> bool:
         """Whether the step of so many requests that just ended need not be looked at, nor the next one drafted for."""
-        size = num_sequences.bit_length()
-        if size != self._idle_size:
-            self._idle_size, self._num_idle = size, min(self._num_idle, REST_AFTER - RESIZED_LOOKS)
-        if self._num_idle < REST_AFTER or self._pending or not self._is_governed:
+        self._size = num_sequences.bit_length()
+        looks = self._num_idle.get(self._size, REST_AFTER - RESIZED_LOOKS) - REST_AFTER
+        if looks < 0 or self._pending or not self._is_governed:
             return False
-        if self._num_rested == REST_STRIDE - 1:
+        if self._num_rested >= min(REST_STRIDE << looks // LOOKS_A_STRIDE, MAX_REST_STRIDE) - 1:
             return False
         self._num_rested += 1
         self._ended_at = self._clock()
         return True
-
-    @property
-    def needs_hidden(self) -> bool:
-        """Whether some drafter that is turned on wants hidden states."""
-        return any(self._drafters[source].needs_hidden for source in self._turned_on)
 
     @property
     def num_pending(self) -> int:
@@ -215,7 +220,11 @@ class DraftDesk:
         )
         with self._lock:
             self._choice = self._governor.choose(state)
-        self._num_idle = self._num_idle + 1 if self._choice.is_off else 0
+        if version != self._version:  # drafts are new with it
+            self._num_idle.clear()
+            self._version = version
+        idle = self._num_idle.get(self._size, REST_AFTER - RESIZED_LOOKS)
+        self._num_idle[self._size] = idle + 1 if self._choice.is_off else 0
         return self._choice
 
     def _fixed(self, sources: Sequence[str]) -> Choice:

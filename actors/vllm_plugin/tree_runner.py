@@ -166,17 +166,17 @@ class TreeRunnerMixin:
         """Tell the desk of the step that was just sampled; draft tokens for the next one, by request."""
         batch = self.input_batch  # type: ignore[attr-defined]
         ids, count = batch.req_ids, batch.num_reqs
-        is_going_on = ~self.discard_request_mask.np[:count]  # type: ignore[attr-defined]
-        lengths = batch.num_tokens_no_spec[:count]
         self._num_steps += 1
         if desk.is_turned_off and not desk.num_pending and not self._verified_trees:
             self._last_ids = frozenset()
             return {}
         if desk.needs_hidden:
-            self._hand_over_hidden(desk, state, lengths)
+            self._hand_over_hidden(desk, state)
         if desk.rests(count):
             self._let_learn(desk)
             return {}
+        is_going_on = ~self.discard_request_mask.np[:count]  # type: ignore[attr-defined]
+        lengths = batch.num_tokens_no_spec[:count]
         scheduled = state.scheduler_output.total_num_scheduled_tokens
         nodes = sum(tree.num_nodes for _, tree, _ in self._verified_trees)
         num_tokens = int(is_going_on.sum()) + sum(walked.num_drafted for _, _, walked in self._verified_trees)
@@ -227,13 +227,13 @@ class TreeRunnerMixin:
             tokens = batch.token_ids_cpu[place, : int(batch.num_tokens_no_spec[place])]
             desk.learn(draft_request(request_id, self.requests[request_id], tokens, max_depth=1, budget=1))  # type: ignore[attr-defined]
 
-    def _hand_over_hidden(self, desk: DraftDesk, state: Any, lengths: np.ndarray) -> None:
+    def _hand_over_hidden(self, desk: DraftDesk, state: Any) -> None:
         """Give the desk the hidden states of the rows that count: what was prefilled, and what was accepted."""
         ids = self.input_batch.req_ids  # type: ignore[attr-defined]
-        starts = self.query_start_loc.np[: len(ids) + 1].astype(np.int64)  # type: ignore[attr-defined]
-        first = self.input_batch.num_computed_tokens_cpu[: len(ids)].astype(np.int64)  # type: ignore[attr-defined]
+        starts = self.query_start_loc.np[: len(ids) + 1]  # type: ignore[attr-defined]
+        first = self.input_batch.num_computed_tokens_cpu[: len(ids)].copy()  # type: ignore[attr-defined]
         if not self._accepted:
-            desk.take_hidden(ids, np.diff(starts), first, state.hidden_states[: starts[-1]])
+            desk.take_hidden(ids, starts[1:] - starts[:-1], first, state.hidden_states[: starts[-1]])
             return
         trees = {name: tree for name, tree, _ in self._verified_trees}
         rows, counts = [], []

@@ -16,7 +16,13 @@ from actors.vllm_plugin import patches
 from actors.vllm_plugin.clover_drafter import CloverDrafter
 from actors.vllm_plugin.draft_records import NOTHING, DraftLimits, DraftRequest, StepSize, Verified
 from actors.vllm_plugin.drafters import AdversarialDrafter, RandomDrafter
-from actors.vllm_plugin.drafting import RESIZED_LOOKS, REST_AFTER, REST_STRIDE, DraftDesk
+from actors.vllm_plugin.drafting import (
+    LOOKS_A_STRIDE,
+    MAX_REST_STRIDE,
+    RESIZED_LOOKS,
+    REST_STRIDE,
+    DraftDesk,
+)
 from actors.vllm_plugin.hidden_log import HiddenLog
 from actors.vllm_plugin.options import PluginOptions
 from actors.vllm_plugin.scheduler import VersionMixin
@@ -326,25 +332,31 @@ def test_steps_that_nobody_drafts_for_are_looked_at_now_and_then() -> None:
     with mock.patch.object(one, "_governor") as governor:
         governor.choose.return_value = OFF
 
-        def run_steps(count: int, size: int = 4) -> int:
+        def run_steps(count: int, size: int = 4, version: int = 0) -> int:
             """How many of them were looked at."""
             looked = 0
             for _ in range(count):
                 now[0] += 0.01
                 if not one.rests(size):
                     one.verified(step(size))
-                    one.choose(size, 10, 0, NOTHING)
+                    one.choose(size, 10, version, NOTHING)
                     looked += 1
             return looked
 
-        assert run_steps(REST_AFTER) == REST_AFTER and run_steps(40) == 40 // REST_STRIDE
+        assert run_steps(RESIZED_LOOKS) == RESIZED_LOOKS and run_steps(40) == 40 // REST_STRIDE
         for call in governor.observe.call_args_list:
             assert call.args[0].step_s == pytest.approx(0.01), "of one step, whatever came before"
         assert governor.observe.call_args.args[0].num_rested == REST_STRIDE - 1
         assert run_steps(RESIZED_LOOKS, size=1) == RESIZED_LOOKS, "at another size drafts may pay"
+        run_steps(REST_STRIDE * 3 * LOOKS_A_STRIDE)
+        assert run_steps(3 * MAX_REST_STRIDE) == 3, "less and less is looked at"
+        assert run_steps(REST_STRIDE * RESIZED_LOOKS, size=1) < RESIZED_LOOKS, "that size is known"
+        while not run_steps(1, version=1):
+            pass
+        assert run_steps(RESIZED_LOOKS - 1, version=1) == RESIZED_LOOKS - 1, "drafts are new with the weights"
         governor.choose.return_value = one._fixed(["tests:0"])
-        run_steps(REST_STRIDE)
-        assert not one.rests(1), "somebody drafts"
+        run_steps(MAX_REST_STRIDE, version=1)
+        assert not one.rests(4), "somebody drafts"
         one.turn([])
         assert one.is_turned_off and not one.rests(1)
 
