@@ -20,10 +20,11 @@ vLLM takes part in the tail, once without speculation and once with its prompt l
   how many tokens the longest trajectories had generated when the alarm came, to be compared with a chunk;
   `corrupted_ratio` the throughput from then on over that without drafts.
 
-Speed-ups are medians of the repeats' ratios; ratios that must not fall below 1 are of all repeats' times together. All
-ways must give the same tokens; differences at near ties are counted and shown. engine.speculation.… sets limits of
-trees and the draft (default: the model's own, /draft); engine.num_shards=2 engine.num_groups=1 makes each service one
-expert-parallel pair.
+Speed-ups are medians of the repeats' ratios; ratios that must not fall below 1 are of all turns' times together, but
+for those in which ways differ by more than a quarter, with the standard error of their mean (`worst_error_N`). All ways
+must give the same tokens; differences at near ties are counted and shown. engine.speculation.… sets limits of trees and
+the draft (default: the model's own, /draft); engine.num_shards=2 engine.num_groups=1 makes each service one expert-
+parallel pair.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from statistics import median
 from typing import Any
 
 from launch.rollout_run import Timeline
-from launch.speculation_figures import TARGETS, pooled_ratio
+from launch.speculation_figures import TARGETS, pooled_ratio, undisturbed
 from launch.speculation_turns import DRAFTING, NGRAM, NONE, STOCK, TURNED_OFF, Results, Turn
 
 COLOURS = {DRAFTING: "#2f6fb0", NONE: "#9aa0a6", STOCK: "#c2554d", NGRAM: "#d9822b", TURNED_OFF: "#4a9c6d"}
@@ -81,7 +81,7 @@ def _worst(axis: Any, results: Results, record: Mapping[str, Any]) -> None:
     for way, label in ((DRAFTING, "useless drafts, governed"), (TURNED_OFF, TURNED_OFF)):
         axis.plot(
             list(results.worst),
-            [pooled_ratio(turns, way) for turns in results.worst.values()],
+            [pooled_ratio(undisturbed(turns), way) for turns in results.worst.values()],
             marker="o",
             color=COLOURS[way],
             label=label,

@@ -51,6 +51,7 @@ class HiddenLog:
         self._max_bytes, self._max_steps = max_bytes, max_steps
         self._entries: deque[Entry] = deque()
         self._ring: torch.Tensor | None = None  # [capacity, H]
+        self._capacity = 0
         self._end = 0  # rows ever written, and skipped at the ring's end
 
     @property
@@ -69,25 +70,22 @@ class HiddenLog:
             first: [b] position of each one's first row; the others follow it.
             rows: [sum of counts, H]; copied. A step of more rows than there is room for is not kept.
         """
+        num_rows, width = rows.shape
         if self._ring is None:
-            self._ring = rows.new_empty(max(1, self._max_bytes // max(1, rows[0].nbytes)), rows.shape[1])
-        capacity = len(self._ring)
-        if len(rows) > capacity:
+            self._capacity = max(1, self._max_bytes // (width * rows.element_size()))
+            self._ring = rows.new_empty(self._capacity, width)
+        if num_rows > self._capacity:
             self._entries.clear()
             return
-        begin = self._end
-        if begin % capacity + len(rows) > capacity:  # an entry lies in one piece
-            begin += capacity - begin % capacity
-        self._end = begin + len(rows)
-        while self._entries and (
-            self._entries[0].begin < self._end - capacity or len(self._entries) >= self._max_steps
-        ):
-            self._entries.popleft()
-        place = begin % capacity
-        self._ring[place : place + len(rows)].copy_(rows)
-        self._entries.append(
-            Entry(request_ids=tuple(request_ids), counts=counts, first=first, begin=begin, end=self._end)
-        )
+        begin, entries = self._end, self._entries
+        place = begin % self._capacity
+        if place + num_rows > self._capacity:  # an entry lies in one piece
+            begin, place = begin + self._capacity - place, 0
+        self._end = end = begin + num_rows
+        while entries and (entries[0].begin < end - self._capacity or len(entries) >= self._max_steps):
+            entries.popleft()
+        self._ring[place : place + num_rows].copy_(rows)
+        entries.append(Entry(request_ids=tuple(request_ids), counts=counts, first=first, begin=begin, end=end))
 
     def since(self, request_id: str, position: int, stop: int) -> tuple[int, torch.Tensor | None]:
         """The states at positions up to `stop`, from `position` on if they are here, else from the first on that is.
@@ -108,7 +106,7 @@ class HiddenLog:
                 break
             start = max(first, position)
             assert self._ring is not None
-            row += entry.begin % len(self._ring) - first
+            row += entry.begin % self._capacity - first
             parts.append(self._ring[row + start : row + begin])
             begin = start
             if begin <= position:

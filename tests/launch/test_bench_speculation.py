@@ -15,7 +15,7 @@ from launch.compose import compose
 from launch.rollout_load import Load
 from launch.rollout_run import Bar, Timeline
 from launch.rollout_turns import Repeat
-from launch.speculation_figures import ACCEPT_LENGTH, pooled_ratio, record_of, table
+from launch.speculation_figures import ACCEPT_LENGTH, pooled_ratio, record_of, table, undisturbed
 from launch.speculation_loads import GIVEN_TOKENS, PARTS, Options, corrupted_loads, make_loads, tail_loads
 from launch.speculation_picture import draw
 from launch.speculation_turns import DRAFTING, NGRAM, NONE, STOCK, TURNED_OFF, Results, Turn
@@ -90,6 +90,17 @@ def test_what_must_not_be_slower_counts_every_repeat() -> None:
     assert pooled_ratio(results().worst[64], DRAFTING) == 1.0
     assert record["corrupted_ratio"] == pytest.approx(20 / 20.2) and record["alarm_tokens"] == 170
     assert record["settled_ratio"] == 2.0
+
+
+def test_turns_that_the_machine_disturbed_are_left_out_with_all_their_ways() -> None:
+    calm = [turn(drafting=10.2, none=10.0, off=10.1)] * 4
+    hit = [turn(drafting=10.2, none=14.0, off=10.1), turn(drafting=15.0, none=10.0, off=10.1)]
+    record = record_of(Options(), results(worst={1: calm + hit}))
+    assert record["worst_case_ratio"] == pytest.approx(100 / 102) and record["worst_turns_left_out"] == 2
+    assert record["off_ratio"] == pytest.approx(100 / 101)
+    assert undisturbed(calm[:2] + hit) == calm[:2] + hit, "half of them: that is how it is here"
+    slow = record_of(Options(), results(worst={1: [turn(drafting=20.0, none=10.0, off=10.0)] * 3}))
+    assert slow["worst_case_ratio"] == pytest.approx(0.5), "what is slow every time is not left out"
 
 
 def test_a_part_that_was_not_measured_has_no_figures() -> None:
