@@ -130,6 +130,9 @@ def _accept_lengths(results: Results) -> dict[str, float]:
         values = [v for turn in turns if (v := turn.drafts[DRAFTING].get(ACCEPT_LENGTH)) is not None]
         if values:
             found[f"accept_length_{name}"] = statistics.median(values)
+    tokens, accepted = results.vllm_ngram
+    if tokens:
+        found["accept_length_vllm_ngram"] = tokens / (tokens - accepted)
     return found
 
 

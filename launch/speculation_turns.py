@@ -64,6 +64,8 @@ class Results:
 
     Attributes:
         tails, answers, heavy, worst: Of these loads.
+        vllm_ngram: Tokens of the tails by vLLM's prompt look-up: all, and those that were accepted drafts; zeros if it
+            took no part.
         settled: Of the draft before it was corrupted.
         alarm_tokens: That the longest trajectories had generated when the corrupted draft was noticed; None if it was
             not.
@@ -74,6 +76,7 @@ class Results:
     answers: list[Turn] = field(default_factory=list)
     heavy: list[Turn] = field(default_factory=list)
     worst: dict[int, list[Turn]] = field(default_factory=dict)
+    vllm_ngram: tuple[int, int] = (0, 0)
     settled: list[Turn] = field(default_factory=list)
     alarm_tokens: int | None = None
     corrupted: list[Turn] = field(default_factory=list)
@@ -118,6 +121,7 @@ class SpeculationBench:
     def _tails(self, results: Results) -> None:
         results.tails = {count: [] for count in self._options.tails}
         whole = SchedulerConfig().chunk_tokens or 0  # of no tail more than one: they are shorter
+        before = self._vllm_ngram()
         with self._through_controllers("tail", max(self._options.tails), is_group=True, chunk_tokens=whole) as ways:
             ways |= self._stock_ways()
             for number, pool in enumerate(self._loads.pools):
@@ -128,6 +132,9 @@ class SpeculationBench:
                         print(f"{count} long answers, repeat {number + 1}", flush=True)
                         run_id = f"tail-{count}-{number}-{place}"
                         results.tails[count].append(self._turn(load, ways, number + place, run_id))
+        all_before, accepted_before = before
+        all_after, accepted_after = self._vllm_ngram()
+        results.vllm_ngram = all_after - all_before, accepted_after - accepted_before
 
     def _answers(self, results: Results) -> None:
         with self._through_controllers("answers", self._options.slots, is_group=True) as ways:
@@ -219,6 +226,11 @@ class SpeculationBench:
 
     def _stock_ways(self) -> dict[str, Serve]:
         return {name: partial(serve_engines, engines) for name, engines in self._stock.items()}
+
+    def _vllm_ngram(self) -> tuple[int, int]:
+        """See `StockEngine.num_tokens`, of those that look up prompts, since they started."""
+        counts: list[tuple[int, int]] = ray.get([e.num_tokens.remote() for e in self._stock.get(NGRAM, ())])
+        return sum(tokens for tokens, _ in counts), sum(accepted for _, accepted in counts)
 
     def _drafting(self, sources: Sequence[str], way: Serve) -> Serve:
         """The way while these sources draft in our service; none: nobody, in engines that could."""

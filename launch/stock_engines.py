@@ -79,6 +79,11 @@ class StockEngine:
         """Empty the prefix cache."""
         self._llm.reset_prefix_cache()
 
+    def num_tokens(self) -> tuple[int, int]:
+        """Generated since the start, and how many of them were drafts that vLLM's own speculation had accepted."""
+        counts = {metric.name: getattr(metric, "value", 0) for metric in self._llm.get_metrics()}
+        return counts["vllm:generation_tokens"], counts.get("vllm:spec_decode_num_accepted_tokens", 0)
+
     def generate(self, asked: Sequence[Asked]) -> list[Answered]:
         """Everything at once, in one call of `LLM.generate`."""
         from vllm import SamplingParams

@@ -65,6 +65,7 @@ def results(**parts: object) -> Results:
             1: [turn(drafting=d, none=10.0, off=10.0) for d in (10.0, 10.0, 11.0)],
             64: [turn(drafting=10.0, none=10.0, off=10.2)] * 3,
         },
+        "vllm_ngram": (800, 300),
         "settled": [turn(drafting=5.0, none=10.0)] * 2,
         "alarm_tokens": 170,
         "corrupted": [turn(drafting=10.1, none=10.0)] * 2,
@@ -79,6 +80,7 @@ def test_speedups_are_medians_and_the_tail_is_its_worst_size() -> None:
     assert (record["rollout_speedup"], record["rollout_tail_speedup"]) == pytest.approx((1.5, 1.5))
     assert record["answers_speedup"] == pytest.approx(2.5)
     assert record["accept_length_tail"] == pytest.approx(3.5), "of three times 3, and 4, 5, 6"
+    assert record["accept_length_vllm_ngram"] == pytest.approx(1.6)
     assert record["repeats"]["tail_speedup_4"] == pytest.approx([2.0, 2.5, 9.0])
 
 
