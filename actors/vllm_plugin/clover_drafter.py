@@ -42,6 +42,7 @@ class CloverDrafter:
     """
 
     needs_hidden = True
+    learns = False  # hidden states are kept until they are needed
 
     def __init__(self, config: SpeculationConfig, vllm_config: Any, model: Any) -> None:
         assert config.draft_model is not None
@@ -91,7 +92,7 @@ class CloverDrafter:
         self._log.add(request_ids, counts, first, rows)
 
     def learn(self, request: DraftRequest) -> None:
-        """Nothing: hidden states are kept until they are needed."""
+        """Nothing."""
 
     def end(self, request: DraftRequest) -> None:
         """Keep the state for the next chunk of the trajectory."""

@@ -61,9 +61,11 @@ class Drafter(Protocol):
 
     Attributes:
         needs_hidden: It wants the target's hidden states, by `take_hidden`.
+        learns: It wants to know what requests say that it does not draft for, by `learn`.
     """
 
     needs_hidden: bool
+    learns: bool
 
     def prepare(self, requests: Sequence[DraftRequest]) -> None:
         """Take in what these requests said while they were not drafted for: what drafting costs once, not every step.

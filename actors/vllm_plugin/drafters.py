@@ -61,6 +61,7 @@ class StatelessDrafter:
     """
 
     needs_hidden = False
+    learns = False
 
     def __init__(self, config: SpeculationConfig, vllm_config: Any, model: Any) -> None:
         self._vocab_size: int = vllm_config.model_config.get_vocab_size()

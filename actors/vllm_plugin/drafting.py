@@ -53,6 +53,7 @@ class DraftDesk:
 
     Attributes:
         needs_hidden: Some drafter that is turned on wants hidden states.
+        learns: Some drafter that is turned on wants to know what nobody drafts for.
 
     Args:
         config: Limits and sources.
@@ -87,8 +88,7 @@ class DraftDesk:
         self._num_idle: dict[int, int] = {}  # steps in a row for which nobody was to draft, of those looked at, by size
         self._version: int | None = None  # of the weights, as last seen
         self._num_rested = 0  # steps that were not looked at, since one was
-        self._turned_on = self._sources
-        self.needs_hidden = self._has_reader()
+        self._turn(self._sources)
         self._is_governed = self._was_governed = self._governor is not None  # the latter: when it was last chosen
 
     def turn(self, sources: Sequence[str], always: bool = False) -> None:
@@ -104,8 +104,7 @@ class DraftDesk:
         unknown = sorted(set(sources) - set(self._drafters))
         if unknown:
             raise InvalidRequest("sources of drafts", unknown, f"some of {', '.join(self._sources)}")
-        self._turned_on = tuple(sorted(sources))
-        self.needs_hidden = self._has_reader()
+        self._turn(tuple(sorted(sources)))
         self._is_governed = self._governor is not None and not always
 
     @property
@@ -113,8 +112,11 @@ class DraftDesk:
         """Whether all sources are."""
         return not self._turned_on
 
-    def _has_reader(self) -> bool:
-        return any(self._drafters[source].needs_hidden for source in self._turned_on)
+    def _turn(self, sources: tuple[str, ...]) -> None:
+        drafters = [self._drafters[source] for source in sources]
+        self._turned_on = sources
+        self.needs_hidden = any(drafter.needs_hidden for drafter in drafters)
+        self.learns = any(drafter.learns for drafter in drafters)
 
     def rests(self, num_sequences: int) -> bool:
         """Whether the step of so many requests that just ended need not be looked at, nor the next one drafted for."""
@@ -169,7 +171,7 @@ class DraftDesk:
             return
         tally = self._tally(answered, unanswered)
         outcome = StepOutcome(
-            choice=self._choice if tally is not None else OFF,
+            choice=self._choice if tally is not None or self._choice.is_off else OFF,
             num_sequences=step.size.sequences,
             context_tokens=step.context_tokens,
             version=step.version,

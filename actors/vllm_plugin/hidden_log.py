@@ -11,13 +11,12 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 import torch
 
 
-@dataclass(kw_only=True)
+@dataclass(slots=True)
 class Entry:
     """One step: the arguments of `HiddenLog.add`, and an index of them that most entries never need.
 
@@ -30,13 +29,15 @@ class Entry:
     first: np.ndarray
     begin: int
     end: int
+    _places: dict[str, tuple[int, int, int]] | None = None
 
-    @cached_property
-    def places(self) -> dict[str, tuple[int, int, int]]:
-        """For each request the first of its rows, how many, and the position of the first."""
-        starts = self.counts.cumsum() - self.counts
-        columns = zip(starts.tolist(), self.counts.tolist(), self.first.tolist(), strict=True)
-        return dict(zip(self.request_ids, columns, strict=True))
+    def place_of(self, request_id: str) -> tuple[int, int, int] | None:
+        """The first of a request's rows, how many, and the position of the first; None if it was not in the step."""
+        if self._places is None:
+            starts = self.counts.cumsum() - self.counts
+            columns = zip(starts.tolist(), self.counts.tolist(), self.first.tolist(), strict=True)
+            self._places = dict(zip(self.request_ids, columns, strict=True))
+        return self._places.get(request_id)
 
 
 class HiddenLog:
@@ -85,7 +86,7 @@ class HiddenLog:
         while entries and (entries[0].begin < end - self._capacity or len(entries) >= self._max_steps):
             entries.popleft()
         self._ring[place : place + num_rows].copy_(rows)
-        entries.append(Entry(request_ids=tuple(request_ids), counts=counts, first=first, begin=begin, end=end))
+        entries.append(Entry(tuple(request_ids), counts, first, begin, end))
 
     def since(self, request_id: str, position: int, stop: int) -> tuple[int, torch.Tensor | None]:
         """The states at positions up to `stop`, from `position` on if they are here, else from the first on that is.
@@ -96,7 +97,7 @@ class HiddenLog:
         parts: list[torch.Tensor] = []
         begin = stop
         for entry in reversed(self._entries):
-            place = entry.places.get(request_id)
+            place = entry.place_of(request_id)
             if place is None:
                 continue
             row, count, first = place

@@ -32,6 +32,7 @@ class SiblingDrafter:
     """
 
     needs_hidden = False
+    learns = True
 
     def __init__(self, config: SpeculationConfig, vllm_config: Any, model: Any) -> None:
         self._index = SiblingIndex(config.sibling_tokens)

@@ -221,6 +221,8 @@ class TreeRunnerMixin:
 
     def _let_learn(self, desk: DraftDesk) -> None:
         """Show the drafters some of the requests that they do not draft for: each one every LEARN_STEPS steps."""
+        if not desk.learns:
+            return
         batch = self.input_batch  # type: ignore[attr-defined]
         for place in range(self._num_steps % LEARN_STEPS, batch.num_reqs, LEARN_STEPS):
             request_id = batch.req_ids[place]

@@ -58,6 +58,10 @@ class GovernorConfig:
         if not self.collapsed_drop < self.tolerated_drop <= 1:
             expected = f"above collapsed_drop = {self.collapsed_drop}, up to 1"
             raise InvalidRequest("governor.tolerated_drop", self.tolerated_drop, expected)
+        if not self.explore_share < self.guard_share:
+            raise InvalidRequest(
+                "governor.explore_share", self.explore_share, f"below guard_share = {self.guard_share}"
+            )
         for name in ("guard_share", "explore_share", "explore_gains", "alarm_probability"):
             if getattr(self, name) >= 1:
                 raise InvalidRequest(f"governor.{name}", getattr(self, name), "below 1")

@@ -1,11 +1,12 @@
 """When to try what is not known to pay, and with how many requests.
 
-Three reasons to try. A plan might pay, going by how little is known of it (its estimate plus a standard error): that is
+Four reasons to try. A plan might pay, going by how little is known of it (its estimate plus a standard error): that is
 what happens at the start, and again where the batch has a size not seen before, and ends by itself as the errors
 shrink. And a set of sources that did not pay might have become better: it is tried again after an interval that doubles
 as long as it does not, and starts afresh when the weights change or at a smaller size that is new. And a source that
 seems to have fallen at a sync is drafted with, as cheaply as can be, until that is certain or refuted: it stops paying
-before the alarm is certain of it, and would otherwise be turned off in silence.
+before the alarm is certain of it, and would otherwise be turned off in silence. And the time of steps without drafts
+must be looked at now and then: what was measured on a slower machine, an hour ago, would make any draft look good.
 
 Trials that might be dear are made with a few of the requests; what they may cost in all is bounded by an account.
 """
@@ -30,6 +31,8 @@ RETRY_STEPS = 4  # but in no more steps than that
 SOUNDING_REQUESTS = 8  # in one step of a trial that is about acceptance
 SHRUNK_STEPS = 16  # until what did not pay is tried again once batches have shrunk
 COOLING_STEPS = 256  # until the same plan, at the same size, is tried again
+OFF_STEPS = 256  # between two looks at steps without drafts, which all else is compared with, while drafts are chosen
+OFF_SHOTS = 2  # steps of one such look
 
 
 @dataclass(slots=True)
@@ -57,6 +60,7 @@ class Exploration:
         self._retries: dict[tuple[int, Sources], Retry] = {}  # by size
         self._tried: dict[tuple[int, Sources, int], int] = {}  # at which step a plan was last to be tried, by size
         self._size = 0
+        self._off_at = 0  # step of the next look at steps without drafts
         self.trial: Trial | None = None
 
     def rearm(self, step: int) -> None:
@@ -106,6 +110,12 @@ class Exploration:
             and (plan.is_off or plan.sources in allowed)
             and step >= self._tried.get(self._key(plan), -COOLING_STEPS) + COOLING_STEPS
         ]
+        if best.is_off:
+            self._off_at = step + OFF_STEPS
+        elif step >= self._off_at:
+            self._off_at = step + OFF_STEPS
+            self.trial = Trial(plans[0], OFF_SHOTS, is_retry=False)
+            return
         hope, index = max(hopes, default=(0.0, 0))
         if hope > wanted:
             self.trial = Trial(plans[index], SHOTS, is_retry=False)

@@ -3,9 +3,10 @@
     choice = governor.choose(state)          # before drafting
     alarms = governor.observe(outcome)       # after the step
 
-It owns the present choice. Two accounts of seconds bound what it may lose: one against no speculation, over all steps
-that draft, which shuts speculation off while it is overdrawn whatever the estimates say; and one against the best
-choice known, over trials.
+It owns the present choice. Two accounts of seconds bound what it may lose: one against no speculation, over steps with
+the choice that is taken to be the best, which shuts speculation off while it is overdrawn whatever the estimates say;
+and one against that choice, over trials, which lose no more against none. So a dear trial delays the next one, not what
+is known to pay.
 
 One governor serves one rank. Ranks of an expert-parallel group may choose differently: sampled tokens do not depend on
 drafts, every rank takes part in each forward whatever its rows, and rows are padded to the largest as those of uneven
@@ -55,7 +56,7 @@ class Governor:
         self.planner = Planner(limits, config)
         self.requests = RequestBudgets()
         self._exploration = Exploration(config)
-        self._guard = LossAccount(config.guard_share, config.grant_steps, config.cap_steps)
+        self._guard = LossAccount(config.guard_share - config.explore_share, config.grant_steps, config.cap_steps)
         self._trials = LossAccount(config.explore_share, config.grant_steps, config.cap_steps)
         self._watches: dict[str, SourceWatch] = {}
         self._record = SpeculationRecord(max_depth=limits.max_depth)
@@ -211,9 +212,7 @@ class Governor:
             return replace(OFF, is_trial=True)
 
         def afford(requests: int) -> bool:
-            against_best = loss_s(plan, best.gain, times, state, requests)
-            against_none = loss_s(plan, 1.0, times, state, requests)
-            return self._trials.can_afford(against_best) and self._guard.can_afford(against_none)
+            return self._trials.can_afford(loss_s(plan, best.gain, times, state, requests))
 
         known = self.planner.acceptance(plan.sources).num_trials
         if trial.is_retry:  # what it was long ago must not outweigh what it is now
@@ -252,11 +251,11 @@ class Governor:
         # A choice without drafts yields what it yields, so that only drafts are charged for.
         worth_s = off_s * (outcome.num_tokens + outcome.peer_sequences) / everybody
         is_drafting = not outcome.choice.is_off
-        if is_drafting:
-            self._guard.charge(seconds - worth_s, off_s)
         if outcome.choice.is_trial and self._best is not None:
             self._trials.charge(seconds - worth_s / self._best.gain, off_s)
-        elif is_drafting:  # where drafts save much, something better would save more: it is looked for in earnest
+        elif is_drafting:
+            self._guard.charge(seconds - worth_s, off_s)
+            # Where drafts save much, something better would save more: it is looked for in earnest.
             self._trials.charge(-self._config.explore_gains * (worth_s - seconds), off_s)
         self._record.add_outcome(outcome, seconds - worth_s if is_drafting else 0.0)
 

@@ -47,6 +47,7 @@ class SpeculationRecord:
     def add_outcome(self, outcome: StepOutcome, loss_s: float) -> None:
         choice = outcome.choice
         self.num_steps += 1
+        self.num_trial_steps += choice.is_trial
         self.sequences += outcome.num_sequences
         self.tokens += outcome.num_tokens
         drafted = 0
@@ -56,7 +57,6 @@ class SpeculationRecord:
             name = "+".join(choice.sources)
             self.choices[name] = self.choices.get(name, 0) + 1
             self.budget_nodes += choice.budget_nodes
-            self.num_trial_steps += choice.is_trial
             self.loss_s += loss_s
             self.expected_gain += choice.expected_gain
             if outcome.tally is not None:
