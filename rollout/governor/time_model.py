@@ -25,8 +25,7 @@ MAX_CELLS = 192  # the longest unvisited is forgotten
 CALLS_PER_OCTAVE, ROWS_PER_OCTAVE = 2, 3  # of the grid; tree sizes 1, 2, 3, 4, 6, 8, 12, 16 … have cells of their own
 FIRST = 5  # times of which a new cell takes the median: the first at a new shape may include compiling
 SETTLED = 32  # times after which a cell's level moves as slowly as it ever does
-STALE_STEPS = 128  # without a visit, after which a cell's next times count as much as those of a
-RESUMED = 8  # cell that has seen so many: it may have become another
+STALE_STEPS = 128  # without a visit, after which a time that surprises says that the cell has become another
 DRIFT_GAIN = 0.02  # of the common factor; follows a change within some 50 steps
 NOISE_GAIN = 0.05
 MIN_NOISE = 0.03  # relative; cells are not trusted beyond it, since their grid is coarse
@@ -83,6 +82,10 @@ class TimeModel:
         cell = self._visited(_cell_of(calls, rows))
         expected = self._log_s(calls, rows, context) if cell.count >= FIRST else None
         seen = math.log(seconds)
+        is_stale = self._step - cell.last_step > STALE_STEPS
+        if expected is not None and is_stale and abs(seen - expected) > CLIP * self._noise:
+            cell.count, expected = 0, None
+            cell.first.clear()
         if expected is not None:
             innovation = seen - expected
             limit = CLIP * self._noise
@@ -178,8 +181,6 @@ class TimeModel:
         return cell
 
     def _move(self, cell: Cell, calls: int, rows: int, context: int, seen: float) -> None:
-        if self._step - cell.last_step > STALE_STEPS:
-            cell.count = min(cell.count, RESUMED)
         cell.count += 1
         cell.last_step = self._step
         gain = 1 / min(cell.count, SETTLED)

@@ -109,8 +109,8 @@ def test_the_guard_holds_against_drafts_that_deceive():
         total.plain_s += cpu_s(8, 8, 10_400) * tokens / 8
         total.choices.append(choice)
     assert any(not c.is_off and not c.is_trial for c in total.choices)
-    # 1.5 % by both accounts, their grants of 3 steps and one each of at most 4 step times beyond, of 3,000; and 0.9 % for
-    # how well the time of steps without drafts is known.
+    # 1.5 % by both accounts, their grants of 3 steps and one each of at most 4 step times beyond, of 3,000; and 0.9 %
+    # for how well the time of steps without drafts is known.
     assert total.ratio >= 1 - 0.015 - 14 / 3000 - 0.009
 
 
