@@ -242,7 +242,11 @@ def scheduler_of(base: SchedulerConfig, options: Options, policy: str) -> Schedu
 
 
 def rotated(ways: Mapping[str, Serve], by: int) -> dict[str, Serve]:
-    """The same ways, beginning with another one."""
+    """The same ways, beginning with another one; every other time round in reverse, so that none always follows another.
+
+    Whoever follows a way on the same engines finds them warm.
+    """
+    rounds, by = divmod(by, len(ways))
     names = list(ways)
-    by %= len(names)
-    return {name: ways[name] for name in names[by:] + names[:by]}
+    names = names[by:] + names[:by]
+    return {name: ways[name] for name in (names[::-1] if rounds % 2 else names)}
