@@ -242,9 +242,9 @@ def scheduler_of(base: SchedulerConfig, options: Options, policy: str) -> Schedu
 
 
 def rotated(ways: Mapping[str, Serve], by: int) -> dict[str, Serve]:
-    """The same ways, beginning with another one; every other time round in reverse, so that none always follows another.
+    """The same ways, beginning with another one, and every other time round in reverse.
 
-    Whoever follows a way on the same engines finds them warm.
+    So none always follows another: whoever follows a way on the same engines finds them warm.
     """
     rounds, by = divmod(by, len(ways))
     names = list(ways)

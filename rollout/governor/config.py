@@ -18,7 +18,7 @@ class GovernorConfig:
         0.0075  # share of the time that trials may lose against the best choice known; part of the above
     )
     explore_gains: float = (
-        0.01  # share of the time that drafts save, which trials may lose against the best choice known as well
+        0.05  # share of the time that drafts save, which trials may lose against the best choice known as well
     )
     grant_steps: float = 3.0  # step times that both accounts hold at the start, so that trials need not wait for income
     cap_steps: float = (
