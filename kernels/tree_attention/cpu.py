@@ -2,11 +2,11 @@
 
 Owns the arithmetic; ``plan.py`` owns which rows meet which tokens and says how a row's sums are ordered.
 
-Over the INT8 cache a tree row is the same bits as decoding its path by ``kernels.kv_attention`` gives, as far as
-that gives the same bits in any batch: on one thread, where the BLAS computes each row and each column of a product
-alone and adds up token by token. This matters beyond rounding: what a layer computes is quantised in the next one's
-cache, where a last bit becomes a whole code. Over a float cache nothing is promised but rounding: the other rows of
-a step are some engine's own attention.
+Over the INT8 cache a tree row is the same bits as decoding its path by ``kernels.kv_attention`` gives, as far as that
+gives the same bits in any batch: on one thread, where the BLAS computes each row and each column of a product alone
+and adds up token by token (MKL on CPUs of AMD: up to 192, which a chunk and a tree of 64 nodes are). This matters
+beyond rounding: what a layer computes is quantised in the next one's cache, where a last bit becomes a whole code.
+Over a float cache nothing is promised but rounding: the other rows of a step are some engine's own attention.
 """
 
 import functools
