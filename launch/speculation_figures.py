@@ -41,7 +41,7 @@ def record_of(options: Options, results: Results) -> dict[str, Any]:
         for count, turns in kept.items():
             ratios[f"worst_ratio_{count}"] = _ratios(turns, "tokens_per_s", DRAFTING, NONE)
             record[f"worst_ratio_{count}"] = pooled[count]
-            record[f"worst_error_{count}"] = _error(ratios[f"worst_ratio_{count}"])
+            record |= _error(f"worst_error_{count}", ratios[f"worst_ratio_{count}"])
         record["worst_turns_left_out"] = sum(map(len, results.worst.values())) - sum(map(len, kept.values()))
     if results.settled:
         record["settled_ratio"] = pooled_ratio(results.settled, DRAFTING)
@@ -49,7 +49,7 @@ def record_of(options: Options, results: Results) -> dict[str, Any]:
         kept_turns = undisturbed(results.corrupted)
         ratios["corrupted_ratio"] = _ratios(kept_turns, "tokens_per_s", DRAFTING, NONE)
         record["corrupted_ratio"] = pooled_ratio(kept_turns, DRAFTING)
-        record["corrupted_error"] = _error(ratios["corrupted_ratio"])
+        record |= _error("corrupted_error", ratios["corrupted_ratio"])
         record["alarm_tokens"] = results.alarm_tokens
     record |= _accept_lengths(results)
     record["num_near_ties"] = sum(len(turn.repeat.differences) for turn in all_turns(results))
@@ -113,9 +113,9 @@ def _ratios(turns: Sequence[Turn], figure: str, over: str, under: str) -> list[f
     return [turn.repeat.ratio(figure, over, under) for turn in turns]
 
 
-def _error(ratios: Sequence[float]) -> float:
-    """Standard error of their mean."""
-    return statistics.stdev(ratios) / math.sqrt(len(ratios)) if len(ratios) > 1 else math.nan
+def _error(name: str, ratios: Sequence[float]) -> dict[str, float]:
+    """Standard error of their mean, under that name; of a single one nothing is known."""
+    return {name: statistics.stdev(ratios) / math.sqrt(len(ratios))} if len(ratios) > 1 else {}
 
 
 def _accept_lengths(results: Results) -> dict[str, float]:

@@ -3,7 +3,8 @@
 // torch's kernel looks every weight up in float32 and scales it before it multiplies: with more than one row
 // its time is arithmetic, a multiple of what reading the weights takes. Here the integer codes, which bfloat16
 // holds exactly, are looked up two input features at a time and multiplied with up to 16 rows, in tiles where
-// LONGROLL_TILES is defined and in vectors elsewhere; a group's sum is scaled once, in float32. A row's sums are taken in the same order whatever other rows there are.
+// LONGROLL_TILES is defined and in vectors elsewhere; a group's sum is scaled once, in float32. A row's sums are taken
+// in the same order whatever other rows there are.
 //
 // W is read where torch's kernel reads it (ATen/native/cpu/int4mm_kernel.cpp): blocks of 64 outputs, each
 // [K][32] bytes, where byte d < 16 holds outputs d and, in its high half, d + 32, and byte 16 + d outputs d + 16

@@ -101,6 +101,9 @@ def test_turns_that_the_machine_disturbed_are_left_out_with_all_their_ways() -> 
     assert record["worst_case_ratio"] == pytest.approx(100 / 102) and record["worst_turns_left_out"] == 2
     assert record["off_ratio"] == pytest.approx(100 / 101)
     assert undisturbed(calm[:2] + hit) == calm[:2] + hit, "half of them: that is how it is here"
+    assert record["worst_error_1"] == 0.0, "the calm ones are alike"
+    alone = record_of(Options(), results(worst={1: calm[:1]}, corrupted=calm[:1]))
+    assert not {"worst_error_1", "corrupted_error"} & set(alone), "of one turn no error is known"
     slow = record_of(Options(), results(worst={1: [turn(drafting=20.0, none=10.0, off=10.0)] * 3}))
     assert slow["worst_case_ratio"] == pytest.approx(0.5), "what is slow every time is not left out"
 
