@@ -1,6 +1,7 @@
 """What speculation gains where few sequences run, and what it costs where drafts are worth nothing, on real engines.
 
-    python -m launch.bench_speculation [experiment=tiny_grpo] [repeats=3] [parts=tail,worst] [out=PATH] [picture=PATH] …
+    python -m launch.bench_speculation [experiment=tiny_grpo] [repeats=3] [starts=1] [parts=tail,worst] [out=PATH]
+        [picture=PATH] …
 
 Everything in one run and in turns, with the prefix caches emptied in between. Two services of two shards share the
 cores: one drafts with a Clover-2 model and with siblings, governed, the other was started without speculation. Plain
@@ -21,10 +22,11 @@ vLLM takes part in the tail, once without speculation and once with its prompt l
   `corrupted_ratio` the throughput from then on over that without drafts.
 
 Speed-ups are medians of the repeats' ratios; ratios that must not fall below 1 are of all turns' times together, but
-for those in which ways differ by more than a quarter, with the standard error of their mean (`worst_error_N`). All ways
-must give the same tokens; differences at near ties are counted and shown. engine.speculation.… sets limits of trees and
-the draft (default: the model's own, /draft); engine.num_shards=2 engine.num_groups=1 makes each service one expert-
-parallel pair.
+for those in which ways differ by more than a quarter, with the standard error of their mean (`worst_error_N`). Two
+processes of the very same engine differ by 2 % on a CPU, which no number of turns takes away: starts=6 starts all
+engines six times, and errors are then those of the starts. All ways must give the same tokens; differences at near ties
+are counted and shown. engine.speculation.… sets limits of trees and the draft (default: the model's own, /draft);
+engine.num_shards=2 engine.num_groups=1 makes each service one expert-parallel pair.
 """
 
 from __future__ import annotations
@@ -40,7 +42,7 @@ from typing import Any
 
 import ray
 
-from actors.service import Service, start_service
+from actors.service import start_service
 from launch.arguments import split_arguments
 from launch.bench_rollout import BLOCK_TOKENS, ENGINES, LENGTHS, PROMPT_TOKENS
 from launch.cluster import model_path, start_ray
@@ -49,7 +51,7 @@ from launch.hidden_lengths import with_lengths
 from launch.speculation_figures import record_of, table
 from launch.speculation_loads import Loads, Options, make_loads
 from launch.speculation_picture import draw
-from launch.speculation_turns import NGRAM, SOURCES, STOCK, Engines, Results, SpeculationBench
+from launch.speculation_turns import DRAFTING, NGRAM, NONE, SOURCES, STOCK, Engines, Results, SpeculationBench
 from launch.speculation_useless import USELESS
 from launch.stock_engines import start_stock_engines
 from rollout.config import RunConfig
@@ -72,18 +74,19 @@ def prepare(config: RunConfig, options: Options) -> None:
 
 
 @contextmanager
-def engines_of(config: RunConfig, options: Options, loads: Loads) -> Iterator[Engines]:
-    """Both services and plain vLLM's engines, as long as the context lasts."""
+def engines_of(config: RunConfig, options: Options, loads: Loads, start: int) -> Iterator[Engines]:
+    """Both services and plain vLLM's engines, as long as the context lasts; which comes first depends on the start."""
     plain = copy.deepcopy(config)
     plain.engine.speculation = SpeculationConfig()
     plain.cluster.namespace += "-plain"
     shard_class = with_lengths(loads.lengths)
     with ExitStack() as stack:
-        services: list[Service] = []
-        for one in (config, plain):
+        configs, services = {DRAFTING: config, NONE: plain}, {}
+        for name in (NONE, DRAFTING) if start % 2 else (DRAFTING, NONE):
+            one = configs[name]
             parts = one.model, one.engine, one.scheduler, one.sync, one.cluster
-            services.append(stack.enter_context(start_service(*parts, shard_class=shard_class)))
-        ours = services[0]
+            services[name] = stack.enter_context(start_service(*parts, shard_class=shard_class))
+        ours = services[DRAFTING]
         stock: dict[str, list[Any]] = {}
         if options.stock and "tail" in options.parts:
             ngram = {
@@ -95,16 +98,24 @@ def engines_of(config: RunConfig, options: Options, loads: Loads) -> Iterator[En
             number = plain.engine.num_shards
             for name, extra in ((STOCK, {}), (NGRAM, {"speculative_config": ngram})):
                 stock[name] = start_stock_engines(number, plain.model, plain.engine, extra)
-        yield Engines(ours=ours, plain=services[1], stock=stock)
+                for engine in stock[name]:
+                    stack.callback(ray.kill, engine)
+        yield Engines(ours=ours, plain=services[NONE], stock=stock)
 
 
 def run(config: RunConfig, options: Options, model: LengthModel) -> Results:
-    """Start everything and measure."""
+    """Start everything and measure, as often as it is to be started."""
     prepare(config, options)
     loads = make_loads(config, options, model)
-    print(f"starting two services of {config.engine.num_all_shards} shards", flush=True)
-    with engines_of(config, options, loads) as engines:
-        return SpeculationBench(engines, config, options, loads).run()
+    results = Results()
+    for start in range(options.starts):
+        print(
+            f"starting two services of {config.engine.num_all_shards} shards, {start + 1} of {options.starts}",
+            flush=True,
+        )
+        with engines_of(config, options, loads, start) as engines:
+            SpeculationBench(engines, config, options, loads, start).run(results)
+    return results
 
 
 def main(argv: Sequence[str] | None = None) -> int:

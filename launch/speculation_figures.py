@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -41,7 +42,7 @@ def record_of(options: Options, results: Results) -> dict[str, Any]:
         for count, turns in kept.items():
             ratios[f"worst_ratio_{count}"] = _ratios(turns, "tokens_per_s", DRAFTING, NONE)
             record[f"worst_ratio_{count}"] = pooled[count]
-            record |= _error(f"worst_error_{count}", ratios[f"worst_ratio_{count}"])
+            record |= _error(f"worst_error_{count}", turns)
         record["worst_turns_left_out"] = sum(map(len, results.worst.values())) - sum(map(len, kept.values()))
     if results.settled:
         record["settled_ratio"] = pooled_ratio(results.settled, DRAFTING)
@@ -49,8 +50,9 @@ def record_of(options: Options, results: Results) -> dict[str, Any]:
         kept_turns = undisturbed(results.corrupted)
         ratios["corrupted_ratio"] = _ratios(kept_turns, "tokens_per_s", DRAFTING, NONE)
         record["corrupted_ratio"] = pooled_ratio(kept_turns, DRAFTING)
-        record |= _error("corrupted_error", ratios["corrupted_ratio"])
-        record["alarm_tokens"] = results.alarm_tokens
+        record |= _error("corrupted_error", kept_turns)
+        noticed = [tokens for tokens in results.alarm_tokens if tokens is not None]
+        record["alarm_tokens"] = max(noticed) if len(noticed) == len(results.alarm_tokens) else None
     record |= _accept_lengths(results)
     record["num_near_ties"] = sum(len(turn.repeat.differences) for turn in all_turns(results))
     record["repeats"] = ratios
@@ -113,9 +115,14 @@ def _ratios(turns: Sequence[Turn], figure: str, over: str, under: str) -> list[f
     return [turn.repeat.ratio(figure, over, under) for turn in turns]
 
 
-def _error(name: str, ratios: Sequence[float]) -> dict[str, float]:
-    """Standard error of their mean, under that name; of a single one nothing is known."""
-    return {name: statistics.stdev(ratios) / math.sqrt(len(ratios))} if len(ratios) > 1 else {}
+def _error(name: str, turns: Sequence[Turn]) -> dict[str, float]:
+    """Standard error of the ratio under that name: of the starts if there are several, else of turns; none of one."""
+    by_start: dict[int, list[float]] = defaultdict(list)
+    for turn, ratio in zip(turns, _ratios(turns, "tokens_per_s", DRAFTING, NONE), strict=True):
+        by_start[turn.start].append(ratio)
+    several = list(by_start.values())
+    values = [statistics.fmean(ratios) for ratios in several] if len(several) > 1 else several[0]
+    return {name: statistics.stdev(values) / math.sqrt(len(values))} if len(values) > 1 else {}
 
 
 def _accept_lengths(results: Results) -> dict[str, float]:
@@ -149,6 +156,7 @@ def _turn_record(turn: Turn) -> dict[str, Any]:
         "length_quantiles": quantiles(turn.repeat.lengths),
         "near_ties": [str(one) for one in turn.repeat.differences],
         "drafts": turn.drafts,
+        "start": turn.start,
         "ways": {way: _way_record(timeline) for way, timeline in turn.repeat.timelines.items()},
     }
 

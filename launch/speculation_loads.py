@@ -47,6 +47,7 @@ class Options:
         corrupted_rounds: Turns for which they do, once it was noticed.
         ngram_tokens, ngram_match: Draft tokens of plain vLLM's prompt look-up, and the most that it compares.
         repeats: Of everything, each with other prompts and seeds.
+        starts: Of all engines, each with all repeats: one process differs from the next by 2 % for as long as it lives.
         stock: Whether plain vLLM takes part, with and without speculation of its own.
         first_seed: Of the first repeat.
         out: JSON file for the result.
@@ -72,6 +73,7 @@ class Options:
     ngram_tokens: int = 5
     ngram_match: int = 4
     repeats: int = 3
+    starts: int = 1
     stock: bool = True
     first_seed: int = 1
     out: str | None = None
@@ -82,7 +84,7 @@ class Options:
             self._check(name, (getattr(self, name),))
         for name in ("batch_tokens", "batch_rounds", "corrupted_batch", "corrupted_rounds"):
             self._check(name, (getattr(self, name),))
-        for name in ("ngram_tokens", "ngram_match", "repeats"):
+        for name in ("ngram_tokens", "ngram_match", "repeats", "starts"):
             self._check(name, (getattr(self, name),))
         for name in ("tails", "batches"):
             self._check(name, getattr(self, name))

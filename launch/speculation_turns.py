@@ -52,10 +52,15 @@ class Engines:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Turn:
-    """A load through every way, and what drafting came to in each way that drafts, by W&B key."""
+    """A load through every way, and what drafting came to in each way that drafts, by W&B key.
+
+    Attributes:
+        start: Number of the engines' start.
+    """
 
     repeat: Repeat
     drafts: dict[str, dict[str, float]]
+    start: int = 0
 
 
 @dataclass(slots=True, kw_only=True)
@@ -67,8 +72,8 @@ class Results:
         vllm_ngram: Tokens of the tails by vLLM's prompt look-up: all, and those that were accepted drafts; zeros if it
             took no part.
         settled: Of the draft before it was corrupted.
-        alarm_tokens: That the longest trajectories had generated when the corrupted draft was noticed; None if it was
-            not.
+        alarm_tokens: That the longest trajectories had generated when the corrupted draft was noticed, by start of the
+            engines; None where it was not.
         corrupted: Afterwards.
     """
 
@@ -78,7 +83,7 @@ class Results:
     worst: dict[int, list[Turn]] = field(default_factory=dict)
     vllm_ngram: tuple[int, int] = (0, 0)
     settled: list[Turn] = field(default_factory=list)
-    alarm_tokens: int | None = None
+    alarm_tokens: list[int | None] = field(default_factory=list)
     corrupted: list[Turn] = field(default_factory=list)
 
 
@@ -90,9 +95,11 @@ class SpeculationBench:
         config: Of both services; its speculation is that of ours.
         options: See `Options`.
         loads: See `Loads`.
+        start: Number of the engines' start.
     """
 
-    def __init__(self, engines: Engines, config: RunConfig, options: Options, loads: Loads) -> None:
+    def __init__(self, engines: Engines, config: RunConfig, options: Options, loads: Loads, start: int = 0) -> None:
+        self._start = start
         self._ours, self._plain, self._stock = engines.ours, engines.plain, engines.stock
         self._config, self._options, self._loads = config, options, loads
         everybody = replace(engines.ours, shards=[*engines.ours.shards, *engines.plain.shards])
@@ -100,9 +107,8 @@ class SpeculationBench:
         self._bench = Bench(everybody, config, options.rollouts(), stock)
         self._drafts: dict[str, dict[str, float]] = {}  # of the turn under way
 
-    def run(self) -> Results:
-        """All parts that were asked for."""
-        results = Results()
+    def run(self, results: Results) -> None:
+        """All parts that were asked for, added to the results."""
         parts: dict[str, Callable[[Results], None]] = {
             "tail": self._tails,
             "answers": self._answers,
@@ -116,10 +122,8 @@ class SpeculationBench:
         for name, measure in parts.items():
             if name in self._options.parts:
                 measure(results)
-        return results
 
     def _tails(self, results: Results) -> None:
-        results.tails = {count: [] for count in self._options.tails}
         whole = SchedulerConfig().chunk_tokens or 0  # of no tail more than one: they are shorter
         before = self._vllm_ngram()
         with self._through_controllers("tail", max(self._options.tails), is_group=True, chunk_tokens=whole) as ways:
@@ -131,10 +135,11 @@ class SpeculationBench:
                     for place, load in enumerate(loads):
                         print(f"{count} long answers, repeat {number + 1}", flush=True)
                         run_id = f"tail-{count}-{number}-{place}"
-                        results.tails[count].append(self._turn(load, ways, number + place, run_id))
+                        results.tails.setdefault(count, []).append(self._turn(load, ways, number + place, run_id))
         all_before, accepted_before = before
         all_after, accepted_after = self._vllm_ngram()
-        results.vllm_ngram = all_after - all_before, accepted_after - accepted_before
+        tokens, accepted = results.vllm_ngram
+        results.vllm_ngram = tokens + all_after - all_before, accepted + accepted_after - accepted_before
 
     def _answers(self, results: Results) -> None:
         with self._through_controllers("answers", self._options.slots, is_group=True) as ways:
@@ -158,13 +163,13 @@ class SpeculationBench:
             NONE: self._directly(self._plain),
         }
         for count, repeats in self._loads.worst.items():
-            results.worst[count] = []
+            turns = results.worst.setdefault(count, [])
             for number, loads in enumerate(repeats):
                 print(f"useless drafts for {count} sequences, repeat {number + 1}", flush=True)
                 self._publish(is_corrupted=False)  # what is known of drafts counts for less: it must be found out again
                 for place, load in enumerate(loads):
                     run_id = f"worst-{count}-{number}-{place}"
-                    results.worst[count].append(self._turn(load, ways, number + place, run_id))
+                    turns.append(self._turn(load, ways, number + place, run_id))
 
     def _corrupted(self, results: Results) -> None:
         ways = {DRAFTING: self._directly(self._ours, ("clover2",)), NONE: self._directly(self._plain)}
@@ -183,8 +188,10 @@ class SpeculationBench:
             turn = self._turn(load, ways, 0, f"noticing-{number}")
             num_tokens += max(load.lengths.values())
             if turn.drafts[DRAFTING].get("spec/alarms"):
-                results.alarm_tokens = num_tokens
+                results.alarm_tokens.append(num_tokens)
                 break
+        else:
+            results.alarm_tokens.append(None)
         for number, load in enumerate(islice(loads, self._options.corrupted_rounds)):
             print(f"after {num_tokens} tokens, {number + 1}", flush=True)
             results.corrupted.append(self._turn(load, ways, number, f"corrupted-{number}"))
@@ -192,7 +199,7 @@ class SpeculationBench:
     def _turn(self, load: Load, ways: Mapping[str, Serve], number: int, run_id: str) -> Turn:
         self._drafts = {}
         repeat = self._bench.turn(load, rotated(ways, number), run_id)
-        return Turn(repeat=repeat, drafts=self._drafts)
+        return Turn(repeat=repeat, drafts=self._drafts, start=self._start)
 
     @contextmanager
     def _through_controllers(

@@ -87,7 +87,7 @@ class CloverDrafter:
         return [found.get(request.request_id, ScoredTree.empty()) for request in requests]
 
     def take_hidden(
-        self, request_ids: Sequence[str], counts: np.ndarray, first: np.ndarray, rows: torch.Tensor
+        self, request_ids: Sequence[str], counts: np.ndarray | None, first: np.ndarray, rows: torch.Tensor
     ) -> None:
         self._log.add(request_ids, counts, first, rows)
 

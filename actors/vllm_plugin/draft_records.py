@@ -79,15 +79,16 @@ class Drafter(Protocol):
         ...
 
     def take_hidden(
-        self, request_ids: Sequence[str], counts: np.ndarray, first: np.ndarray, rows: torch.Tensor
+        self, request_ids: Sequence[str], counts: np.ndarray | None, first: np.ndarray, rows: torch.Tensor
     ) -> None:
         """What the target computed in a step.
 
         Args:
             request_ids: b of them.
-            counts: [b] rows of each.
-            first: [b] position of its first row; the others follow it.
-            rows: [sum of counts, H] states after the final norm, valid in this call.
+            counts: [b] rows of each; None: one each.
+            first: [b] position of its first row; the others follow it. Valid in this call.
+            rows: [sum of counts, H] states after the final norm. On a CPU nobody writes to them any more, elsewhere
+                they are valid in this call.
         """
         ...
 

@@ -78,7 +78,7 @@ class StatelessDrafter:
         raise NotImplementedError
 
     def take_hidden(
-        self, request_ids: Sequence[str], counts: np.ndarray, first: np.ndarray, rows: torch.Tensor
+        self, request_ids: Sequence[str], counts: np.ndarray | None, first: np.ndarray, rows: torch.Tensor
     ) -> None:
         """Nothing."""
 

@@ -115,7 +115,8 @@ class DraftDesk:
     def _turn(self, sources: tuple[str, ...]) -> None:
         drafters = [self._drafters[source] for source in sources]
         self._turned_on = sources
-        self.needs_hidden = any(drafter.needs_hidden for drafter in drafters)
+        self._readers = [drafter for drafter in drafters if drafter.needs_hidden]
+        self.needs_hidden = bool(self._readers)
         self.learns = any(drafter.learns for drafter in drafters)
 
     def rests(self, num_sequences: int) -> bool:
@@ -292,12 +293,11 @@ class DraftDesk:
             self._drafters[source].learn(request)
 
     def take_hidden(
-        self, request_ids: Sequence[str], counts: np.ndarray, first: np.ndarray, rows: torch.Tensor
+        self, request_ids: Sequence[str], counts: np.ndarray | None, first: np.ndarray, rows: torch.Tensor
     ) -> None:
         """See `Drafter.take_hidden`."""
-        for source in self._turned_on:
-            if self._drafters[source].needs_hidden:
-                self._drafters[source].take_hidden(request_ids, counts, first, rows)
+        for drafter in self._readers:
+            drafter.take_hidden(request_ids, counts, first, rows)
 
     @property
     def draft_model(self) -> torch.nn.Module | None:

@@ -55,7 +55,7 @@ class SiblingDrafter:
             return [self._draft(request, limits) for request in requests]
 
     def take_hidden(
-        self, request_ids: Sequence[str], counts: np.ndarray, first: np.ndarray, rows: torch.Tensor
+        self, request_ids: Sequence[str], counts: np.ndarray | None, first: np.ndarray, rows: torch.Tensor
     ) -> None:
         """Nothing."""
 

@@ -232,8 +232,11 @@ class TreeRunnerMixin:
     def _hand_over_hidden(self, desk: DraftDesk, state: Any) -> None:
         """Give the desk the hidden states of the rows that count: what was prefilled, and what was accepted."""
         ids = self.input_batch.req_ids  # type: ignore[attr-defined]
+        first = self.input_batch.num_computed_tokens_cpu[: len(ids)]  # type: ignore[attr-defined]
+        if state.scheduler_output.total_num_scheduled_tokens == len(ids):
+            desk.take_hidden(ids, None, first, state.hidden_states[: len(ids)])
+            return
         starts = self.query_start_loc.np[: len(ids) + 1]  # type: ignore[attr-defined]
-        first = self.input_batch.num_computed_tokens_cpu[: len(ids)].copy()  # type: ignore[attr-defined]
         if not self._accepted:
             desk.take_hidden(ids, starts[1:] - starts[:-1], first, state.hidden_states[: starts[-1]])
             return

@@ -50,15 +50,17 @@ class TruthDrafter(StatelessDrafter):
 
 
 class HiddenSpy(StatelessDrafter):
-    """Never drafts; keeps the hidden states it is handed, by request and position."""
+    """Never drafts; keeps the hidden states it is handed, by request and position, and what it was handed itself."""
 
     needs_hidden = True
 
     def __init__(self) -> None:
         self.rows: dict[str, dict[int, torch.Tensor]] = {}
+        self.handed: list[tuple[torch.Tensor, torch.Tensor]] = []  # with a copy of what it was then
 
     def take_hidden(self, request_ids, counts, first, rows) -> None:
-        parts = rows.split(counts.tolist())
+        self.handed.append((rows, rows.clone()))
+        parts = rows.split(1 if counts is None else counts.tolist())
         for request_id, start, part in zip(request_ids, first.tolist(), parts, strict=True):
             self.rows.setdefault(request_id, {}).update({start + i: row.clone() for i, row in enumerate(part)})
 

@@ -225,7 +225,10 @@ def processors(engine: Engine, batch: list[list[int]]) -> dict:
 
 
 def hidden(engine: Engine, batch: list[list[int]]) -> dict:
-    """Largest difference between hidden states handed over with trees and without, by position."""
+    """Largest difference between hidden states handed over with trees and without, by position; how many of the tensors
+    that were handed over are still what they were, and of how many."""
+    import torch
+
     from actors.vllm_plugin.drafting import DraftDesk
     from tests.actors.speculation_drafters import HiddenSpy, TruthDrafter
 
@@ -247,7 +250,9 @@ def hidden(engine: Engine, batch: list[list[int]]) -> dict:
         common = expected.keys() & got.keys()
         compared += len(common)
         largest = max([largest] + [float((expected[p] - got[p]).abs().max()) for p in common])
-    return {"plain": plain, "drafted": drafted, "compared": compared, "largest": largest}
+    handed = plain_spy.handed + spy.handed
+    kept = sum(torch.equal(rows, copy) for rows, copy in handed), len(handed)
+    return {"plain": plain, "drafted": drafted, "compared": compared, "largest": largest, "kept": kept}
 
 
 def main(output: Path) -> None:

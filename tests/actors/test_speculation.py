@@ -173,3 +173,5 @@ def test_hidden_states_of_accepted_rows(records: dict) -> None:
         num_cached = sum(sample["num_cached"] for sample in record["plain"])
         assert record["compared"] == sum(len(p) for p in records["prompts"][:4]) + 4 * 31 - num_cached
         assert record["largest"] < 10 * TOLERANCE
+        num_kept, num_handed = record["kept"]
+        assert num_kept == num_handed > 32, "no later step writes to them"

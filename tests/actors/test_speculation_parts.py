@@ -23,7 +23,6 @@ from actors.vllm_plugin.drafting import (
     REST_STRIDE,
     DraftDesk,
 )
-from actors.vllm_plugin.hidden_log import HiddenLog
 from actors.vllm_plugin.options import PluginOptions
 from actors.vllm_plugin.scheduler import VersionMixin
 from actors.vllm_plugin.sibling_drafter import TOKENS_A_STEP, SiblingDrafter
@@ -437,27 +436,6 @@ def test_siblings_draft_for_each_other_across_shards() -> None:
     assert drafted.tree.tokens.tolist()[0] == story[50]
     own = there.delta("here")
     assert {one.member for one in own} == {"b", "c"}, "what came from a shard does not go back to it"
-
-
-def test_hidden_states_by_position() -> None:
-    log = HiddenLog(max_bytes=6 * 4 * 2, max_steps=3)
-    rows = torch.arange(20.0).view(10, 2)
-    log.add(["a", "b"], np.array([3, 1]), np.array([0, 5]), rows[:4])
-    log.add(["a"], np.array([2]), np.array([3]), rows[4:6])
-    begin, found = log.since("a", 1, 5)
-    assert begin == 1 and torch.equal(found, rows[[1, 2, 4, 5]])
-    assert log.since("b", 0, 7) == (7, None), "the states end before the root"
-    assert log.since("c", 0, 3) == (3, None)
-    log.add(["a"], np.array([1]), np.array([5]), rows[6:7])  # drops the first step
-    begin, found = log.since("a", 0, 6)
-    assert begin == 3 and torch.equal(found, rows[4:7])
-    log.add(["a"], np.array([2]), np.array([4]), rows[7:9])  # computed anew
-    begin, found = log.since("a", 3, 6)
-    assert begin == 3 and torch.equal(found, rows[[4, 7, 8]])
-    assert log.num_bytes <= 6 * 4 * 2
-    for position in range(6, 9):
-        log.add(["b"], np.array([1]), np.array([position]), rows[9:])
-    assert log.since("b", 6, 9)[0] == 6 and log.since("a", 0, 6) == (6, None), "three steps are kept"
 
 
 def test_rows_positions_and_moves_of_a_step() -> None:

@@ -43,11 +43,11 @@ def timeline(wall_s: float, num_tokens: int = 1000) -> Timeline:
     return Timeline(bars=bars, num_slots=10, num_tokens=num_tokens, num_cached_tokens=0, wall_s=wall_s)
 
 
-def turn(accept_length: float = 3.0, **wall_s: float) -> Turn:
+def turn(accept_length: float = 3.0, start: int = 0, **wall_s: float) -> Turn:
     names = {"drafting": DRAFTING, "none": NONE, "off": TURNED_OFF, "vllm": STOCK, "ngram": NGRAM}
     timelines = {names[key]: timeline(seconds) for key, seconds in wall_s.items()}
     repeat = Repeat(timelines=timelines, lengths=[100] * 10, differences=())
-    return Turn(repeat=repeat, drafts={DRAFTING: {ACCEPT_LENGTH: accept_length}})
+    return Turn(repeat=repeat, drafts={DRAFTING: {ACCEPT_LENGTH: accept_length}}, start=start)
 
 
 def results(**parts: object) -> Results:
@@ -67,7 +67,7 @@ def results(**parts: object) -> Results:
         },
         "vllm_ngram": (800, 300),
         "settled": [turn(drafting=5.0, none=10.0)] * 2,
-        "alarm_tokens": 170,
+        "alarm_tokens": [140, 170],
         "corrupted": [turn(drafting=10.1, none=10.0)] * 2,
     }
     return Results(**(full | parts))  # type: ignore[arg-type]
@@ -104,6 +104,9 @@ def test_turns_that_the_machine_disturbed_are_left_out_with_all_their_ways() -> 
     assert record["worst_error_1"] == 0.0, "the calm ones are alike"
     alone = record_of(Options(), results(worst={1: calm[:1]}, corrupted=calm[:1]))
     assert not {"worst_error_1", "corrupted_error"} & set(alone), "of one turn no error is known"
+    started = [turn(start=start, drafting=10.0, none=none, off=10.0) for start, none in enumerate((9.8, 10.0, 10.2))]
+    error = record_of(Options(starts=3), results(worst={1: started * 20}))["worst_error_1"]
+    assert error == pytest.approx(0.02 / 3**0.5), "more turns tell nothing more of how starts differ"
     slow = record_of(Options(), results(worst={1: [turn(drafting=20.0, none=10.0, off=10.0)] * 3}))
     assert slow["worst_case_ratio"] == pytest.approx(0.5), "what is slow every time is not left out"
 
@@ -117,7 +120,7 @@ def test_a_part_that_was_not_measured_has_no_figures() -> None:
 
 
 def test_the_table_names_targets_and_what_went_unnoticed() -> None:
-    record = record_of(Options(), results(alarm_tokens=None))
+    record = record_of(Options(), results(alarm_tokens=[140, None]))
     json.dumps(record)
     lines = table(record).splitlines()
     assert any(line.split()[:4] == ["tail_speedup", "2.500", "≥", "2.00"] for line in lines)
@@ -246,6 +249,7 @@ def test_the_picture_has_what_was_measured(left_out: tuple[str, ...], tmp_path: 
         ("tails=1 tail_pool=10", "part corrupted"),
         ("batches=", "batches"),
         ("repeats=0", "≥ 1"),
+        ("starts=0", "starts"),
     ],
 )
 def test_wrong_options_are_refused(argument: str, named: str, capsys: pytest.CaptureFixture[str]) -> None:
