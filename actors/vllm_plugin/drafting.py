@@ -32,11 +32,10 @@ from rollout.speculation.tree import TokenTree
 from rollout.speculation.walk import Accepted
 from rollout.speculation_config import SpeculationConfig
 
-REST_AFTER = 32  # steps in a row without drafts at a size of batches, from which on only one of
-REST_STRIDE = 8  # is looked at: looking costs some per cent of a short step
+REST_AFTER = 16  # steps in a row without drafts at a size of batches, from which on only one of
+REST_STRIDE = 8  # is looked at: looking costs a tenth of a short step
 MAX_REST_STRIDE = 32  # and in the end only one of these: the stride doubles
-LOOKS_A_STRIDE = 8  # every so many looks
-RESIZED_LOOKS = 16  # steps that are looked at when batches have a size that is new: drafts may pay at this one
+LOOKS_A_STRIDE = 4  # every so many looks
 DRAFTS_ATTRIBUTE = "longroll_drafts"  # on vLLM's ModelRunnerOutput: request id → draft tokens of its next step
 
 
@@ -85,7 +84,8 @@ class DraftDesk:
         self._prepare_s = 0.0  # before that, to catch up
         self._ended_at: float | None = None
         self._size = 0  # of the batch, as a power of two
-        self._num_idle: dict[int, int] = {}  # steps in a row for which nobody was to draft, of those looked at, by size
+        # By size: steps in a row for which nobody was to draft, of those looked at, fewer once there is reason to look.
+        self._num_idle: dict[int, int] = {}
         self._version: int | None = None  # of the weights, as last seen
         self._num_rested = 0  # steps that were not looked at, since one was
         self._turn(self._sources)
@@ -122,7 +122,7 @@ class DraftDesk:
     def rests(self, num_sequences: int) -> bool:
         """Whether the step of so many requests that just ended need not be looked at, nor the next one drafted for."""
         self._size = num_sequences.bit_length()
-        looks = self._num_idle.get(self._size, REST_AFTER - RESIZED_LOOKS) - REST_AFTER
+        looks = self._num_idle.get(self._size, 0) - REST_AFTER
         if looks < 0 or self._pending or not self._is_governed:
             return False
         if self._num_rested >= min(REST_STRIDE << looks // LOOKS_A_STRIDE, MAX_REST_STRIDE) - 1:
@@ -224,10 +224,16 @@ class DraftDesk:
         with self._lock:
             self._choice = self._governor.choose(state)
         if version != self._version:  # drafts are new with it
-            self._num_idle.clear()
+            self._num_idle = {size: min(idle, REST_AFTER) for size, idle in self._num_idle.items()}
             self._version = version
-        idle = self._num_idle.get(self._size, REST_AFTER - RESIZED_LOOKS)
-        self._num_idle[self._size] = idle + 1 if self._choice.is_off else 0
+        idle = self._num_idle.get(self._size, 0)
+        if self._choice.is_off:
+            idle += 1
+        elif self._choice.is_trial:  # one that fails is no reason to look at every step
+            idle = min(idle, REST_AFTER)
+        else:
+            idle = 0
+        self._num_idle[self._size] = idle
         return self._choice
 
     def _fixed(self, sources: Sequence[str]) -> Choice:

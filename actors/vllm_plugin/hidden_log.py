@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-HELD_STEPS = 16  # decoding steps that are copied together
+HELD_STEPS = 64  # decoding steps that are copied together
 HELD_BYTES = 64 * 2**10  # that they are at most: a sixteenth of a core's cache, so that the heap hardly moves
 
 
@@ -97,7 +97,7 @@ class HiddenLog:
             rows: [sum of counts, H]; copied, but on a CPU not always in this call where there are no counts: nobody may
                 write to them any more. A step of more rows than there is room for is not kept.
         """
-        if counts is None and rows.device.type == "cpu":
+        if counts is None and rows.is_cpu:
             self._hold(request_ids, first, rows)
             return
         self._copy_held()

@@ -106,7 +106,8 @@ class Governor:
         if not 1 <= outcome.num_sequences <= outcome.rows:
             expected = "at least one sequence, and a row for each"
             raise InvalidRequest("size of a step", f"{outcome.num_sequences} in {outcome.rows} rows", expected)
-        worst_s = self.planner.worst_s(outcome)
+        is_charged = outcome.choice.is_trial or not outcome.choice.is_off
+        worst_s = self.planner.worst_s(outcome) if is_charged else math.inf
         seconds = min(self.planner.learn(outcome), DEAR_STEP * worst_s)
         if not outcome.has_prefill and outcome.rows == outcome.num_sequences:
             self._num_cold = max(0, self._num_cold - 1)

@@ -19,7 +19,7 @@ from actors.vllm_plugin.drafters import AdversarialDrafter, RandomDrafter
 from actors.vllm_plugin.drafting import (
     LOOKS_A_STRIDE,
     MAX_REST_STRIDE,
-    RESIZED_LOOKS,
+    REST_AFTER,
     REST_STRIDE,
     DraftDesk,
 )
@@ -342,22 +342,31 @@ def test_steps_that_nobody_drafts_for_are_looked_at_now_and_then() -> None:
                     looked += 1
             return looked
 
-        assert run_steps(RESIZED_LOOKS) == RESIZED_LOOKS and run_steps(40) == 40 // REST_STRIDE
+        assert run_steps(REST_AFTER) == REST_AFTER, "at a size that is new drafts may pay"
+        first_stride = REST_STRIDE * LOOKS_A_STRIDE
+        assert run_steps(first_stride) == LOOKS_A_STRIDE
         for call in governor.observe.call_args_list:
             assert call.args[0].step_s == pytest.approx(0.01), "of one step, whatever came before"
         assert governor.observe.call_args.args[0].num_rested == REST_STRIDE - 1
-        assert run_steps(RESIZED_LOOKS, size=1) == RESIZED_LOOKS, "at another size drafts may pay"
-        run_steps(REST_STRIDE * 3 * LOOKS_A_STRIDE)
+        assert run_steps(REST_AFTER, size=1) == REST_AFTER
+        run_steps(3 * first_stride)
         assert run_steps(3 * MAX_REST_STRIDE) == 3, "less and less is looked at"
-        assert run_steps(REST_STRIDE * RESIZED_LOOKS, size=1) < RESIZED_LOOKS, "that size is known"
+        assert run_steps(first_stride, size=1) == LOOKS_A_STRIDE, "that size is known"
         while not run_steps(1, version=1):
             pass
-        assert run_steps(RESIZED_LOOKS - 1, version=1) == RESIZED_LOOKS - 1, "drafts are new with the weights"
+        several = LOOKS_A_STRIDE - 1
+        assert run_steps(several * REST_STRIDE, version=1) == several, "drafts are new with the weights"
+        run_steps(3 * first_stride, version=1)
+        governor.choose.return_value = replace(one._fixed(["tests:0"]), is_trial=True)
+        while not run_steps(1, version=1):
+            pass
+        governor.choose.return_value = OFF
+        assert run_steps(first_stride, version=1) == LOOKS_A_STRIDE, "what is tried, and fails, is tried again"
         governor.choose.return_value = one._fixed(["tests:0"])
         run_steps(MAX_REST_STRIDE, version=1)
         assert not one.rests(4), "somebody drafts"
         one.turn([])
-        assert one.is_turned_off and not one.rests(1)
+        assert one.is_turned_off
 
 
 def test_turned_off_nothing_is_drafted() -> None:
