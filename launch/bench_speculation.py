@@ -15,8 +15,9 @@ vLLM takes part in the tail, once without speculation and once with its prompt l
   makespan without drafts over that with.
 - worst: 1 to 64 sequences on one group, straight to the engines, with a draft model whose numbers are shuffled. The
   weights are published anew to both services before each repeat, so that the governor has to find out again that it
-  does not pay. `worst_case_ratio` is the least ratio of the throughputs; `off_ratio` is that of the same engines with
-  drafting turned off, over all batches.
+  does not pay. `worst_case_ratio` is the least of the batches' ratios of throughputs; of so many that are measured it
+  is also the unluckiest, so `worst_ratio_all` has all batches together, and `off_ratio` the same engines with drafting
+  turned off.
 - corrupted: long answers, and the draft that has been good (`settled_ratio`) is published shuffled. `alarm_tokens` is
   how many tokens the longest trajectories had generated when the alarm came, to be compared with a chunk;
   `corrupted_ratio` the throughput from then on over that without drafts.

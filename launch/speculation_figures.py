@@ -38,7 +38,10 @@ def record_of(options: Options, results: Results) -> dict[str, Any]:
         pooled = {count: pooled_ratio(turns, DRAFTING) for count, turns in kept.items()}
         record["worst_case_ratio"] = min(pooled.values())
         record["worst_case_batch"] = min(pooled, key=lambda count: pooled[count])
-        record["off_ratio"] = pooled_ratio([turn for turns in kept.values() for turn in turns], TURNED_OFF)
+        together = [turn for turns in kept.values() for turn in turns]
+        record["off_ratio"] = pooled_ratio(together, TURNED_OFF)
+        record["worst_ratio_all"] = pooled_ratio(together, DRAFTING)
+        record |= _error("worst_error_all", together)
         for count, turns in kept.items():
             ratios[f"worst_ratio_{count}"] = _ratios(turns, "tokens_per_s", DRAFTING, NONE)
             record[f"worst_ratio_{count}"] = pooled[count]

@@ -84,8 +84,7 @@ class DraftDesk:
         self._prepare_s = 0.0  # before that, to catch up
         self._ended_at: float | None = None
         self._size = 0  # of the batch, as a power of two
-        # By size: steps in a row for which nobody was to draft, of those looked at, fewer once there is reason to look.
-        self._num_idle: dict[int, int] = {}
+        self._num_idle: dict[int, int] = {}  # steps in a row for which nobody was to draft, of those looked at, by size
         self._version: int | None = None  # of the weights, as last seen
         self._num_rested = 0  # steps that were not looked at, since one was
         self._turn(self._sources)
@@ -226,14 +225,7 @@ class DraftDesk:
         if version != self._version:  # drafts are new with it
             self._num_idle = {size: min(idle, REST_AFTER) for size, idle in self._num_idle.items()}
             self._version = version
-        idle = self._num_idle.get(self._size, 0)
-        if self._choice.is_off:
-            idle += 1
-        elif self._choice.is_trial:  # one that fails is no reason to look at every step
-            idle = min(idle, REST_AFTER)
-        else:
-            idle = 0
-        self._num_idle[self._size] = idle
+        self._num_idle[self._size] = self._num_idle.get(self._size, 0) + 1 if self._choice.is_off else 0
         return self._choice
 
     def _fixed(self, sources: Sequence[str]) -> Choice:

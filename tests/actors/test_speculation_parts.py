@@ -361,7 +361,7 @@ def test_steps_that_nobody_drafts_for_are_looked_at_now_and_then() -> None:
         while not run_steps(1, version=1):
             pass
         governor.choose.return_value = OFF
-        assert run_steps(first_stride, version=1) == LOOKS_A_STRIDE, "what is tried, and fails, is tried again"
+        assert run_steps(REST_AFTER, version=1) == REST_AFTER, "what is tried may be tried again"
         governor.choose.return_value = one._fixed(["tests:0"])
         run_steps(MAX_REST_STRIDE, version=1)
         assert not one.rests(4), "somebody drafts"

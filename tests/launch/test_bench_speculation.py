@@ -88,7 +88,7 @@ def test_what_must_not_be_slower_counts_every_repeat() -> None:
     """One slow repeat of three, which a median would hide."""
     record = record_of(Options(), results())
     assert record["worst_case_ratio"] == pytest.approx(30 / 31) and record["worst_case_batch"] == 1
-    assert record["off_ratio"] == pytest.approx(60 / 60.6)
+    assert record["off_ratio"] == pytest.approx(60 / 60.6) and record["worst_ratio_all"] == pytest.approx(60 / 61)
     assert pooled_ratio(results().worst[64], DRAFTING) == 1.0
     assert record["corrupted_ratio"] == pytest.approx(20 / 20.2) and record["alarm_tokens"] == 170
     assert record["settled_ratio"] == 2.0
