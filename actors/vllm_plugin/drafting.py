@@ -32,10 +32,11 @@ from rollout.speculation.tree import TokenTree
 from rollout.speculation.walk import Accepted
 from rollout.speculation_config import SpeculationConfig
 
-REST_AFTER = 16  # steps in a row without drafts at a size of batches, from which on only one of
+REST_AFTER = 32  # steps in a row without drafts at a size of batches, from which on only one of
 REST_STRIDE = 8  # is looked at: looking costs a tenth of a short step
 MAX_REST_STRIDE = 32  # and in the end only one of these: the stride doubles
 LOOKS_A_STRIDE = 4  # every so many looks
+RESIZED_LOOKS = 16  # steps that are looked at when batches have a size that is new: drafts may pay at this one
 DRAFTS_ATTRIBUTE = "longroll_drafts"  # on vLLM's ModelRunnerOutput: request id → draft tokens of its next step
 
 
@@ -121,7 +122,7 @@ class DraftDesk:
     def rests(self, num_sequences: int) -> bool:
         """Whether the step of so many requests that just ended need not be looked at, nor the next one drafted for."""
         self._size = num_sequences.bit_length()
-        looks = self._num_idle.get(self._size, 0) - REST_AFTER
+        looks = self._num_idle.get(self._size, REST_AFTER - RESIZED_LOOKS) - REST_AFTER
         if looks < 0 or self._pending or not self._is_governed:
             return False
         if self._num_rested >= min(REST_STRIDE << looks // LOOKS_A_STRIDE, MAX_REST_STRIDE) - 1:
@@ -225,7 +226,8 @@ class DraftDesk:
         if version != self._version:  # drafts are new with it
             self._num_idle = {size: min(idle, REST_AFTER) for size, idle in self._num_idle.items()}
             self._version = version
-        self._num_idle[self._size] = self._num_idle.get(self._size, 0) + 1 if self._choice.is_off else 0
+        idle = self._num_idle.get(self._size, REST_AFTER - RESIZED_LOOKS)
+        self._num_idle[self._size] = idle + 1 if self._choice.is_off else 0
         return self._choice
 
     def _fixed(self, sources: Sequence[str]) -> Choice:

@@ -19,6 +19,7 @@ from actors.vllm_plugin.drafters import AdversarialDrafter, RandomDrafter
 from actors.vllm_plugin.drafting import (
     LOOKS_A_STRIDE,
     MAX_REST_STRIDE,
+    RESIZED_LOOKS,
     REST_AFTER,
     REST_STRIDE,
     DraftDesk,
@@ -342,13 +343,13 @@ def test_steps_that_nobody_drafts_for_are_looked_at_now_and_then() -> None:
                     looked += 1
             return looked
 
-        assert run_steps(REST_AFTER) == REST_AFTER, "at a size that is new drafts may pay"
+        assert run_steps(RESIZED_LOOKS) == RESIZED_LOOKS, "at a size that is new drafts may pay"
         first_stride = REST_STRIDE * LOOKS_A_STRIDE
         assert run_steps(first_stride) == LOOKS_A_STRIDE
         for call in governor.observe.call_args_list:
             assert call.args[0].step_s == pytest.approx(0.01), "of one step, whatever came before"
         assert governor.observe.call_args.args[0].num_rested == REST_STRIDE - 1
-        assert run_steps(REST_AFTER, size=1) == REST_AFTER
+        assert run_steps(RESIZED_LOOKS, size=1) == RESIZED_LOOKS
         run_steps(3 * first_stride)
         assert run_steps(3 * MAX_REST_STRIDE) == 3, "less and less is looked at"
         assert run_steps(first_stride, size=1) == LOOKS_A_STRIDE, "that size is known"
