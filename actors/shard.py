@@ -35,6 +35,7 @@ from rollout.fleet import Pace, Rendezvous, ShardInfo, ShardStats
 from rollout.gateway.outbox import Outboxes
 from rollout.governor.statistics import SpeculationRecord
 from rollout.routing import RoutingRef
+from rollout.speculation_config import DraftPolicy
 from rollout.sync import segments
 from rollout.sync.manifest import BucketRef
 from rollout.types import Chunk, ChunkResult
@@ -195,13 +196,10 @@ class Shard:
         if self._siblings is not None:
             await self._siblings.take(delta)
 
-    async def turn_speculation(self, sources: list[str] | None = None, always: bool = False) -> None:
-        """Draft with these of the sources that the engine was started with only; None: with all, empty: not at all.
-
-        `always`: with all that the configuration allows, whatever the governor would choose.
-        """
+    async def turn_speculation(self, sources: list[str] | None = None, policy: str = DraftPolicy.GOVERNED) -> None:
+        """Draft with these of the sources that the engine was started with only; None: with all, empty: not at all."""
         chosen = list(self._engine_config.speculation.sources) if sources is None else sources
-        await self._workers("turn_speculation", chosen, always)
+        await self._workers("turn_speculation", chosen, policy)
 
     async def take_speculation(self) -> SpeculationRecord | None:
         """What speculation came to since the last call; None without it, or without a governor."""

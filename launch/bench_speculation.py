@@ -15,17 +15,18 @@ vLLM takes part in the tail, once without speculation and once with its prompt l
   makespan without drafts over that with.
 - worst: 1 to 64 sequences on one group, straight to the engines, with a draft model whose numbers are shuffled. The
   weights are published anew to both services before each repeat, so that the governor has to find out again that it
-  does not pay. `worst_case_ratio` is the least of the batches' ratios of throughputs; of so many that are measured it
-  is also the unluckiest, so `worst_ratio_all` has all batches together, and `off_ratio` the same engines with drafting
-  turned off.
+  does not pay. What it loses (`governed_ratio_N`) is measured within one engine, whose steps are governed and on hold
+  by turns of eight: nobody drafts on hold, but all is kept that drafts need. What it takes to keep it, and all else
+  that an engine which can draft has, is between two services (`hold_ratio`, of all batches). `worst_case_ratio` is the
+  product, at the least batch. `services_ratio_N` compares governed drafts and the other service directly.
 - corrupted: long answers, and the draft that has been good (`settled_ratio`) is published shuffled. `alarm_tokens` is
   how many tokens the longest trajectories had generated when the alarm came, to be compared with a chunk;
-  `corrupted_ratio` the throughput from then on over that without drafts.
+  `corrupted_ratio` the throughput from then on over that without drafts, measured as the worst case is.
 
 Speed-ups are medians of the repeats' ratios; ratios that must not fall below 1 are of all turns' times together, but
-for those in which ways differ by more than a quarter, with the standard error of their mean (`worst_error_N`). Two
-processes of the very same engine differ by 2 % on a CPU, which no number of turns takes away: starts=6 starts all
-engines six times, and errors are then those of the starts. All ways must give the same tokens; differences at near ties
+for those in which ways differ by more than a quarter, with standard errors (`…_error`). Two processes of the very same
+engine differ by 2 % on a CPU, which no number of turns takes away: starts=6 starts all engines six times, and errors
+between services are then those of the starts. All ways must give the same tokens; differences at near ties
 are counted and shown. engine.speculation.… sets limits of trees and the draft (default: the model's own, /draft);
 engine.num_shards=2 engine.num_groups=1 makes each service one expert-parallel pair.
 """

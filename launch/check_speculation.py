@@ -36,6 +36,7 @@ from launch.workload import Workload
 from rollout.client import RolloutClient
 from rollout.config import RunConfig
 from rollout.errors import InvalidRequest, LongrollError
+from rollout.speculation_config import DraftPolicy
 from rollout.types import Group, Prompt, SamplingParams, Status, Trajectory
 
 GREEDY_MEMBERS = 2  # of a group at temperature 0, where all are the same
@@ -196,7 +197,7 @@ class Campaign:
         self, prompts: Sequence[Prompt], members: int, sampling: SamplingParams, drafter: str | None
     ) -> list[Group]:
         sources = [] if drafter is None else drafter.split("+")
-        ray.get([shard.turn_speculation.remote(sources, True) for shard in self._service.shards])
+        ray.get([shard.turn_speculation.remote(sources, DraftPolicy.ALWAYS) for shard in self._service.shards])
         began = time.monotonic()
         group_ids = [prompt.prompt_id for prompt in prompts]
         groups = self._client.rollout(prompts, members, sampling, group_ids=group_ids)

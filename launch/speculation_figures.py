@@ -18,7 +18,8 @@ from typing import Any
 from launch.rollout_run import Timeline
 from launch.rollout_turns import quantiles
 from launch.speculation_loads import Options
-from launch.speculation_turns import DRAFTING, NGRAM, NONE, STOCK, TURNED_OFF, Results, Turn
+from launch.speculation_pairs import Pair
+from launch.speculation_turns import DRAFTING, NGRAM, NONE, ON_HOLD, STOCK, Results, Turn
 
 ACCEPT_LENGTH = "rollout/spec_accept_length"
 TARGETS = {"tail_speedup": 2.0, "rollout_speedup": 1.3, "worst_case_ratio": 0.97, "corrupted_ratio": 0.97}
@@ -34,34 +35,76 @@ def record_of(options: Options, results: Results) -> dict[str, Any]:
     if results.tails:
         record["tail_speedup"] = min(record[f"tail_speedup_{count}"] for count in results.tails)
     if results.worst:
-        kept = {count: undisturbed(turns) for count, turns in results.worst.items()}
-        pooled = {count: pooled_ratio(turns, DRAFTING) for count, turns in kept.items()}
-        record["worst_case_ratio"] = min(pooled.values())
-        record["worst_case_batch"] = min(pooled, key=lambda count: pooled[count])
-        together = [turn for turns in kept.values() for turn in turns]
-        record["off_ratio"] = pooled_ratio(together, TURNED_OFF)
-        record["worst_ratio_all"] = pooled_ratio(together, DRAFTING)
-        record |= _error("worst_error_all", together)
-        for count, turns in kept.items():
-            ratios[f"worst_ratio_{count}"] = _ratios(turns, "tokens_per_s", DRAFTING, NONE)
-            record[f"worst_ratio_{count}"] = pooled[count]
-            record |= _error(f"worst_error_{count}", turns)
-        record["worst_turns_left_out"] = sum(map(len, results.worst.values())) - sum(map(len, kept.values()))
+        record |= _worst(results, ratios)
     if results.settled:
         record["settled_ratio"] = pooled_ratio(results.settled, DRAFTING)
     if results.corrupted:
-        kept_turns = undisturbed(results.corrupted)
-        ratios["corrupted_ratio"] = _ratios(kept_turns, "tokens_per_s", DRAFTING, NONE)
-        record["corrupted_ratio"] = pooled_ratio(kept_turns, DRAFTING)
-        record |= _error("corrupted_error", kept_turns)
+        record |= _corrupted(results, ratios)
         noticed = [tokens for tokens in results.alarm_tokens if tokens is not None]
         record["alarm_tokens"] = max(noticed) if len(noticed) == len(results.alarm_tokens) else None
     record |= _accept_lengths(results)
     record["num_near_ties"] = sum(len(turn.repeat.differences) for turn in all_turns(results))
     record["repeats"] = ratios
     record["options"] = asdict(options)
+    pairs = {f"worst_{count}": some for count, some in results.within.items()}
+    pairs |= {"corrupted": results.corrupted_within} if results.corrupted_within else {}
+    record["pairs"] = {name: [asdict(pair) for pair in some] for name, some in pairs.items()}
     record["turns"] = {name: [_turn_record(turn) for turn in turns] for name, turns in _by_name(results).items()}
     return record
+
+
+def _worst(results: Results, ratios: dict[str, list[float]]) -> dict[str, float]:
+    """Figures of useless drafts; see launch.bench_speculation. Adds the turns' ratios to `ratios`."""
+    kept = {count: undisturbed(turns) for count, turns in results.worst.items()}
+    together = [turn for turns in kept.values() for turn in turns]
+    hold = pooled_ratio(together, ON_HOLD), _error(together, ON_HOLD)
+    governed = {count: governed_ratio(pairs) for count, pairs in results.within.items()}
+    least = min(governed, key=lambda count: governed[count][0])
+    record = _product("worst_case_ratio", governed[least], hold) | {"worst_case_batch": least}
+    record |= _with_error("hold_ratio", *hold)
+    for count, (ratio, error) in governed.items():
+        record |= _with_error(f"governed_ratio_{count}", ratio, error)
+        record[f"drafted_share_{count}"] = statistics.fmean(pair.drafted_share for pair in results.within[count])
+    record |= _with_error("services_ratio", pooled_ratio(together, DRAFTING), _error(together, DRAFTING))
+    for count, turns in kept.items():
+        ratios[f"services_ratio_{count}"] = _ratios(turns, "tokens_per_s", DRAFTING, NONE)
+        record |= _with_error(f"services_ratio_{count}", pooled_ratio(turns, DRAFTING), _error(turns, DRAFTING))
+    record["turns_left_out"] = sum(map(len, results.worst.values())) - len(together)
+    return record
+
+
+def _corrupted(results: Results, ratios: dict[str, list[float]]) -> dict[str, float]:
+    """Figures of what a corrupted draft costs once it was noticed. Adds the turns' ratios to `ratios`."""
+    kept = undisturbed(results.corrupted)
+    hold = pooled_ratio(kept, ON_HOLD), _error(kept, ON_HOLD)
+    governed = governed_ratio(results.corrupted_within)
+    ratios["corrupted_services_ratio"] = _ratios(kept, "tokens_per_s", DRAFTING, NONE)
+    return (
+        _product("corrupted_ratio", governed, hold)
+        | _with_error("corrupted_hold_ratio", *hold)
+        | _with_error("corrupted_governed_ratio", *governed)
+        | _with_error("corrupted_services_ratio", pooled_ratio(kept, DRAFTING), _error(kept, DRAFTING))
+    )
+
+
+def _product(name: str, governed: tuple[float, float], hold: tuple[float, float | None]) -> dict[str, float]:
+    """The ratio of a service that can draft to one that cannot, from what each part of it costs."""
+    (ratio, error), (held, held_error) = governed, hold
+    both = None if held_error is None else math.hypot(error * held, held_error * ratio)
+    return _with_error(name, ratio * held, both)
+
+
+def governed_ratio(pairs: Sequence[Pair]) -> tuple[float, float]:
+    """Throughput of governed turns over that of turns on hold, of one engine, and its standard error.
+
+    Turns count the same however many steps lie in them. Tokens that useless drafts gain are not counted.
+    """
+    governed, on_hold = (
+        statistics.fmean(getattr(pair, name) for pair in pairs) for name in ("governed_s", "on_hold_s")
+    )
+    ratio = on_hold / governed
+    residuals = [pair.on_hold_s - ratio * pair.governed_s for pair in pairs]
+    return ratio, statistics.stdev(residuals) / math.sqrt(len(pairs)) / governed if len(pairs) > 1 else math.inf
 
 
 def pooled_ratio(turns: Sequence[Turn], way: str) -> float:
@@ -118,14 +161,18 @@ def _ratios(turns: Sequence[Turn], figure: str, over: str, under: str) -> list[f
     return [turn.repeat.ratio(figure, over, under) for turn in turns]
 
 
-def _error(name: str, turns: Sequence[Turn]) -> dict[str, float]:
-    """Standard error of the ratio under that name: of the starts if there are several, else of turns; none of one."""
+def _with_error(name: str, value: float, error: float | None) -> dict[str, float]:
+    return {name: value} if error is None else {name: value, f"{name}_error": error}
+
+
+def _error(turns: Sequence[Turn], way: str) -> float | None:
+    """Standard error of a way's ratio: of the starts if there are several, else of turns; None of one."""
     by_start: dict[int, list[float]] = defaultdict(list)
-    for turn, ratio in zip(turns, _ratios(turns, "tokens_per_s", DRAFTING, NONE), strict=True):
+    for turn, ratio in zip(turns, _ratios(turns, "tokens_per_s", way, NONE), strict=True):
         by_start[turn.start].append(ratio)
     several = list(by_start.values())
     values = [statistics.fmean(ratios) for ratios in several] if len(several) > 1 else several[0]
-    return {name: statistics.stdev(values) / math.sqrt(len(values))} if len(values) > 1 else {}
+    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
 
 
 def _accept_lengths(results: Results) -> dict[str, float]:

@@ -43,6 +43,8 @@ class Options:
         batches: Sequences that decode together while drafts are useless, on one expert-parallel group.
         batch_tokens, batch_rounds: That each of them generates, in a turn, and turns between two publications: short
             turns, so that ways share what else the machine does meanwhile.
+        long_tokens, long_rounds: That each generates while turns are of a few steps, and such loads between two
+            publications: about as many governed steps as in the turns above.
         corrupted_batch: Sequences that decode together while the draft is corrupted.
         corrupted_rounds: Turns for which they do, once it was noticed.
         ngram_tokens, ngram_match: Draft tokens of plain vLLM's prompt look-up, and the most that it compares.
@@ -68,6 +70,8 @@ class Options:
     batches: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
     batch_tokens: int = 128
     batch_rounds: int = 8
+    long_tokens: int = 1024
+    long_rounds: int = 2
     corrupted_batch: int = 4
     corrupted_rounds: int = 12
     ngram_tokens: int = 5
@@ -82,7 +86,9 @@ class Options:
     def __post_init__(self) -> None:
         for name in ("tail_rounds", "answers", "groups", "n", "slots", "chunk_tokens", "max_tokens", "visits"):
             self._check(name, (getattr(self, name),))
-        for name in ("batch_tokens", "batch_rounds", "corrupted_batch", "corrupted_rounds"):
+        for name in ("batch_tokens", "batch_rounds", "long_tokens", "long_rounds"):
+            self._check(name, (getattr(self, name),))
+        for name in ("corrupted_batch", "corrupted_rounds"):
             self._check(name, (getattr(self, name),))
         for name in ("ngram_tokens", "ngram_match", "repeats", "starts"):
             self._check(name, (getattr(self, name),))
@@ -110,7 +116,7 @@ class Options:
     @property
     def most_tokens(self) -> int:
         """That any part generates for one sequence."""
-        return max(self.max_tokens, self.batch_tokens)
+        return max(self.max_tokens, self.batch_tokens, self.long_tokens)
 
     def rollouts(self) -> rollout_turns.Options:
         """The part of them that the rollout bench knows."""
@@ -137,6 +143,7 @@ class Loads:
         answers: The same in groups.
         earlier, heavy: Visits of the prompts before the measured one, and that one.
         worst: As many sequences as decode together, `batch_rounds` loads a repeat.
+        long: The same for turns of a few steps, `long_rounds` loads a repeat.
         corrupted: Answers as in `pools`, of which part corrupted uses the longest.
     """
 
@@ -146,6 +153,7 @@ class Loads:
     earlier: list[list[Load]]
     heavy: list[Load]
     worst: dict[int, list[list[Load]]]
+    long: dict[int, list[list[Load]]]
     corrupted: Load
 
     @property
@@ -161,9 +169,14 @@ def make_loads(config: RunConfig, options: Options, model: LengthModel) -> Loads
     seeds = range(options.first_seed, options.first_seed + options.repeats)
     prompts = _Prompts(workload)
 
-    def several(count: int, seed: int) -> list[Load]:
-        rounds = [prompts.take(count) for _ in range(options.batch_rounds)]
-        return [uniform_load(some, 1, run_seed=seed, num_tokens=options.batch_tokens) for some in rounds]
+    def several(number: int, num_tokens: int) -> dict[int, list[list[Load]]]:
+        return {
+            count: [
+                [uniform_load(prompts.take(count), 1, run_seed=seed, num_tokens=num_tokens) for _ in range(number)]
+                for seed in seeds
+            ]
+            for count in options.batches
+        }
 
     drawn = [
         heavy_loads(
@@ -182,7 +195,8 @@ def make_loads(config: RunConfig, options: Options, model: LengthModel) -> Loads
         answers=[_answers(prompts.take(options.answers), options.n, options, seed) for seed in seeds],
         earlier=[visits[:-1] for visits in drawn],
         heavy=[visits[-1] for visits in drawn],
-        worst={count: [several(count, seed) for seed in seeds] for count in options.batches},
+        worst=several(options.batch_rounds, options.batch_tokens),
+        long=several(options.long_rounds, options.long_tokens),
         corrupted=_answers(prompts.take(options.tail_pool), 1, options, options.first_seed),
     )
 

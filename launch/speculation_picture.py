@@ -8,10 +8,10 @@ from statistics import median
 from typing import Any
 
 from launch.rollout_run import Timeline
-from launch.speculation_figures import TARGETS, pooled_ratio, undisturbed
-from launch.speculation_turns import DRAFTING, NGRAM, NONE, STOCK, TURNED_OFF, Results, Turn
+from launch.speculation_figures import TARGETS
+from launch.speculation_turns import DRAFTING, NGRAM, NONE, ON_HOLD, STOCK, Results, Turn
 
-COLOURS = {DRAFTING: "#2f6fb0", NONE: "#9aa0a6", STOCK: "#c2554d", NGRAM: "#d9822b", TURNED_OFF: "#4a9c6d"}
+COLOURS = {DRAFTING: "#2f6fb0", NONE: "#9aa0a6", STOCK: "#c2554d", NGRAM: "#d9822b", ON_HOLD: "#4a9c6d"}
 
 
 def draw(results: Results, record: Mapping[str, Any], path: Path) -> None:
@@ -77,15 +77,15 @@ def _rollout(axis: Any, results: Results, record: Mapping[str, Any]) -> None:
 
 
 def _worst(axis: Any, results: Results, record: Mapping[str, Any]) -> None:
-    """Throughput with useless drafts, and with drafting turned off, over that of engines without any."""
-    for way, label in ((DRAFTING, "useless drafts, governed"), (TURNED_OFF, TURNED_OFF)):
-        axis.plot(
-            list(results.worst),
-            [pooled_ratio(undisturbed(turns), way) for turns in results.worst.values()],
-            marker="o",
-            color=COLOURS[way],
-            label=label,
-        )
+    """Throughput with useless drafts over that without, within one engine and between two services."""
+    ways = {
+        "within one engine": ("governed_ratio_", list(results.within), DRAFTING),
+        "between two services": ("services_ratio_", list(results.worst), ON_HOLD),
+    }
+    for label, (name, counts, way) in ways.items():
+        values = [record[f"{name}{count}"] for count in counts]
+        errors = [record.get(f"{name}{count}_error", 0.0) for count in counts]
+        axis.errorbar(counts, values, errors, marker="o", capsize=3, color=COLOURS[way], label=label)
     axis.axhline(TARGETS["worst_case_ratio"], color="#c2554d", linewidth=0.9, linestyle="--")
     axis.axhline(1.0, color="#9aa0a6", linewidth=0.9)
     axis.set_xscale("log", base=2)
@@ -98,8 +98,7 @@ def _worst(axis: Any, results: Results, record: Mapping[str, Any]) -> None:
 
 def _corrupted(axis: Any, results: Results, record: Mapping[str, Any]) -> None:
     """Throughput before the draft was corrupted and after it was noticed, over that without drafting."""
-    bars = {"before": results.settled, "after the alarm": results.corrupted}
-    heights = {name: pooled_ratio(turns, DRAFTING) for name, turns in bars.items() if turns}
+    heights = {"before": record["settled_ratio"], "after the alarm": record["corrupted_ratio"]}
     axis.bar(list(heights), list(heights.values()), 0.5, color=COLOURS[DRAFTING])
     axis.axhline(TARGETS["corrupted_ratio"], color="#c2554d", linewidth=0.9, linestyle="--")
     axis.set_ylabel("throughput over that without drafting")

@@ -22,15 +22,17 @@ import torch
 
 from actors.service import Service
 from launch.rollout_load import Load
-from launch.rollout_run import Run, policy_of, serve, serve_plain, serve_stock
+from launch.rollout_run import Run, clear_caches, policy_of, serve, serve_plain, serve_stock
 from launch.rollout_turns import OURS as POLICY
 from launch.rollout_turns import Bench, Repeat, Serve, rotated, scheduler_of
 from launch.speculation_loads import NOTICING, SETTLING, Loads, Options, corrupted_loads, tail_loads
+from launch.speculation_pairs import Pair, pairs_of
 from launch.speculation_useless import USELESS, publication
 from rollout.config import RunConfig, SchedulerConfig
 from rollout.governor.statistics import SpeculationRecord
+from rollout.speculation_config import DraftPolicy
 
-DRAFTING, NONE, TURNED_OFF, STOCK, NGRAM = "speculation", "none", "turned off", "vllm", "vllm ngram"
+DRAFTING, NONE, ON_HOLD, STOCK, NGRAM = "speculation", "none", "on hold", "vllm", "vllm ngram"
 SOURCES = ("clover2", "sibling")
 """That draft, except where a part is about one alone."""
 
@@ -69,22 +71,25 @@ class Results:
 
     Attributes:
         tails, answers, heavy, worst: Of these loads.
+        within: Useless drafts within one engine.
         vllm_ngram: Tokens of the tails by vLLM's prompt look-up: all, and those that were accepted drafts; zeros if it
             took no part.
         settled: Of the draft before it was corrupted.
         alarm_tokens: That the longest trajectories had generated when the corrupted draft was noticed, by start of the
             engines; None where it was not.
-        corrupted: Afterwards.
+        corrupted, corrupted_within: Afterwards; the latter within one engine.
     """
 
     tails: dict[int, list[Turn]] = field(default_factory=dict)
     answers: list[Turn] = field(default_factory=list)
     heavy: list[Turn] = field(default_factory=list)
     worst: dict[int, list[Turn]] = field(default_factory=dict)
+    within: dict[int, list[Pair]] = field(default_factory=dict)
     vllm_ngram: tuple[int, int] = (0, 0)
     settled: list[Turn] = field(default_factory=list)
     alarm_tokens: list[int | None] = field(default_factory=list)
     corrupted: list[Turn] = field(default_factory=list)
+    corrupted_within: list[Pair] = field(default_factory=list)
 
 
 class SpeculationBench:
@@ -159,7 +164,7 @@ class SpeculationBench:
     def _worst(self, results: Results) -> None:
         ways = {
             DRAFTING: self._directly(self._ours, (USELESS,)),
-            TURNED_OFF: self._directly(self._ours, ()),
+            ON_HOLD: self._directly(self._ours, (USELESS,), DraftPolicy.NEVER),
             NONE: self._directly(self._plain),
         }
         for count, repeats in self._loads.worst.items():
@@ -170,9 +175,30 @@ class SpeculationBench:
                 for place, load in enumerate(loads):
                     run_id = f"worst-{count}-{number}-{place}"
                     turns.append(self._turn(load, ways, number + place, run_id))
+        self._within(results)
+
+    def _within(self, results: Results) -> None:
+        """Useless drafts within one engine, by turns of a few steps."""
+        for count, repeats in self._loads.long.items():
+            pairs = results.within.setdefault(count, [])
+            for number, loads in enumerate(repeats):
+                print(f"useless drafts for {count} sequences by turns of steps, repeat {number + 1}", flush=True)
+                self._publish(is_corrupted=False)
+                for place, load in enumerate(loads):
+                    pairs += self._compared(load, (USELESS,), f"within-{count}-{number}-{place}")
+
+    def _compared(self, load: Load, sources: Sequence[str], run_id: str) -> list[Pair]:
+        """One group of our service while these sources draft and are on hold by turns of a few steps."""
+        group = self._group_of(self._ours)
+        way = self._directly(self._ours, sources, DraftPolicy.COMPARED)
+        clear_caches(group, [])
+        ray.get(group.shards[0].take_steps.remote())
+        way(load, run_id)
+        return pairs_of(ray.get(group.shards[0].take_steps.remote()), len(load.request.prompts), self._start)
 
     def _corrupted(self, results: Results) -> None:
-        ways = {DRAFTING: self._directly(self._ours, ("clover2",)), NONE: self._directly(self._plain)}
+        sources = ("clover2",)
+        ways = {DRAFTING: self._directly(self._ours, sources), NONE: self._directly(self._plain)}
         pool = self._loads.corrupted
         print(f"{len(pool.request.prompts)} answers, of which the longest are drafted for", flush=True)
         answers = serve_group(self._group_of(self._plain), pool, "corrupted-pool").groups
@@ -192,9 +218,11 @@ class SpeculationBench:
                 break
         else:
             results.alarm_tokens.append(None)
+        on_hold = {ON_HOLD: self._directly(self._ours, sources, DraftPolicy.NEVER)}
         for number, load in enumerate(islice(loads, self._options.corrupted_rounds)):
             print(f"after {num_tokens} tokens, {number + 1}", flush=True)
-            results.corrupted.append(self._turn(load, ways, number, f"corrupted-{number}"))
+            results.corrupted.append(self._turn(load, ways | on_hold, number, f"corrupted-{number}"))
+            results.corrupted_within += self._compared(load, sources, f"corrupted-within-{number}")
 
     def _turn(self, load: Load, ways: Mapping[str, Serve], number: int, run_id: str) -> Turn:
         self._drafts = {}
@@ -221,10 +249,12 @@ class SpeculationBench:
             ways[DRAFTING] = self._drafting(SOURCES, ways[DRAFTING])
             yield ways
 
-    def _directly(self, service: Service, sources: Sequence[str] | None = None) -> Serve:
+    def _directly(
+        self, service: Service, sources: Sequence[str] = (), policy: DraftPolicy = DraftPolicy.GOVERNED
+    ) -> Serve:
         """One group of a service without a controller, everything at once."""
         way = partial(serve_group, self._group_of(service))
-        return way if sources is None else self._drafting(sources, way)
+        return self._drafting(sources, way, policy) if sources else way
 
     def _group_of(self, service: Service) -> Service:
         """The first expert-parallel group of a service, as a service."""
@@ -239,12 +269,12 @@ class SpeculationBench:
         counts: list[tuple[int, int]] = ray.get([e.num_tokens.remote() for e in self._stock.get(NGRAM, ())])
         return sum(tokens for tokens, _ in counts), sum(accepted for _, accepted in counts)
 
-    def _drafting(self, sources: Sequence[str], way: Serve) -> Serve:
-        """The way while these sources draft in our service; none: nobody, in engines that could."""
-        name = DRAFTING if sources else TURNED_OFF
+    def _drafting(self, sources: Sequence[str], way: Serve, policy: DraftPolicy = DraftPolicy.GOVERNED) -> Serve:
+        """The way while our service drafts with these sources, or could."""
+        name = ON_HOLD if policy == DraftPolicy.NEVER else DRAFTING
 
         def drafting(load: Load, run_id: str) -> Run:
-            ray.get([shard.turn_speculation.remote(list(sources)) for shard in self._ours.shards])
+            ray.get([shard.turn_speculation.remote(list(sources), policy) for shard in self._ours.shards])
             self._take_drafts()
             run = way(load, run_id)
             self._drafts[name] = self._take_drafts()

@@ -7,12 +7,22 @@ of these options can change a token, only the time it takes.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import StrEnum
 
 from rollout.errors import InvalidRequest, check_positive
 from rollout.speculation.tree import MAX_WIDTH
 
 SOURCES = ("clover2", "sibling", "random", "adversarial")
 """Who can draft: a trained draft model, the other members of a group, and two that are wrong on purpose."""
+
+
+class DraftPolicy(StrEnum):
+    """Who decides whether an engine drafts in a step; may be changed while it runs."""
+
+    GOVERNED = "governed"  # the governor; without one, as ALWAYS
+    ALWAYS = "always"  # nobody: with all that the configuration allows; the governor learns nothing meanwhile
+    NEVER = "never"  # nobody drafts, but drafters are told all that they need to go on at any moment
+    COMPARED = "compared"  # GOVERNED and NEVER, by turns of a few steps (rollout.governor.comparison)
 
 
 @dataclass(kw_only=True)

@@ -5,9 +5,8 @@ and nothing of vLLM.
 
 What the shard's actor calls while the engine runs (`Shard` has methods of the same names):
 
-- `turn_speculation(sources, always)`: draft with these of the engine's sources only, from the next step on; none of
-  them is no speculation at all, at the cost of an engine that was started with it. `always` drafts with all that the
-  configuration allows in every step, whatever the governor would choose, and tells it nothing meanwhile;
+- `turn_speculation(sources, policy)`: draft with these of the engine's sources only, from the next step on, as the
+  `DraftPolicy` says. Without sources nothing is kept for drafts either: what drafts later begins anew;
 - `take_speculation()`: the governor's record since it was last taken: choices, acceptance, alarms, seconds lost.
 """
 
@@ -23,6 +22,7 @@ import torch
 
 from actors.vllm_plugin.draft_records import Drafter, DraftLimits, DraftRequest, StepSize, Verified
 from rollout.errors import InvalidRequest
+from rollout.governor.comparison import is_on_hold
 from rollout.governor.governor import Governor
 from rollout.governor.records import OFF, Choice, SourceShare, StepOutcome, StepState
 from rollout.governor.statistics import SpeculationRecord
@@ -30,7 +30,7 @@ from rollout.governor.tally import StepTally
 from rollout.speculation.growth import ScoredTree, merge
 from rollout.speculation.tree import TokenTree
 from rollout.speculation.walk import Accepted
-from rollout.speculation_config import SpeculationConfig
+from rollout.speculation_config import DraftPolicy, SpeculationConfig
 
 REST_AFTER = 32  # steps in a row without drafts at a size of batches, from which on only one of
 REST_STRIDE = 8  # is looked at: looking costs a tenth of a short step
@@ -89,23 +89,28 @@ class DraftDesk:
         self._version: int | None = None  # of the weights, as last seen
         self._num_rested = 0  # steps that were not looked at, since one was
         self._turn(self._sources)
+        self._is_on_hold = self._is_compared = False
         self._is_governed = self._was_governed = self._governor is not None  # the latter: when it was last chosen
 
-    def turn(self, sources: Sequence[str], always: bool = False) -> None:
+    def turn(self, sources: Sequence[str], policy: str = DraftPolicy.GOVERNED) -> None:
         """Draft with these sources only from the next step on; none: not at all. From any thread.
 
         Args:
             sources: Of those that the engine was started with.
-            always: With all that the configuration allows, whatever the governor would choose.
+            policy: A `DraftPolicy`.
 
         Raises:
-            InvalidRequest: The engine was started without one of them.
+            InvalidRequest: The engine was started without one of them, or there is no such policy.
         """
+        if policy not in set(DraftPolicy):
+            raise InvalidRequest("policy of drafts", policy, f"one of {', '.join(DraftPolicy)}")
         unknown = sorted(set(sources) - set(self._drafters))
         if unknown:
             raise InvalidRequest("sources of drafts", unknown, f"some of {', '.join(self._sources)}")
         self._turn(tuple(sorted(sources)))
-        self._is_governed = self._governor is not None and not always
+        self._is_compared = policy == DraftPolicy.COMPARED
+        self._is_on_hold = policy == DraftPolicy.NEVER
+        self._is_governed = self._governor is not None and policy != DraftPolicy.ALWAYS
 
     @property
     def is_turned_off(self) -> bool:
@@ -119,8 +124,18 @@ class DraftDesk:
         self.needs_hidden = bool(self._readers)
         self.learns = any(drafter.learns for drafter in drafters)
 
-    def rests(self, num_sequences: int) -> bool:
-        """Whether the step of so many requests that just ended need not be looked at, nor the next one drafted for."""
+    def rests(self, num_sequences: int, step: int = 0) -> bool:
+        """Whether the step of so many requests that just ended need not be looked at, nor the next one drafted for.
+
+        Args:
+            num_sequences: Requests in it.
+            step: Its number, the same on all ranks of the group.
+        """
+        if self._is_compared:
+            self._is_on_hold = is_on_hold(step)
+        if self._is_on_hold and not self._pending:
+            self._choice, self._num_unanswered, self._ended_at = OFF, 0, self._clock()
+            return True
         self._size = num_sequences.bit_length()
         looks = self._num_idle.get(self._size, REST_AFTER - RESIZED_LOOKS) - REST_AFTER
         if looks < 0 or self._pending or not self._is_governed:
@@ -206,6 +221,8 @@ class DraftDesk:
         """How to draft for the next step, with peers as they were in the last one."""
         self._draft_s, self._prepare_s = {}, 0.0
         self._choice = OFF
+        if self._is_on_hold:
+            return OFF
         self._was_governed = self._is_governed
         sources = self._turned_on
         if not num_sequences or not sources:

@@ -14,9 +14,11 @@ class Step:
         version: Weights it ran under.
         ended_at: time.monotonic() when its tokens were sampled, in seconds.
         num_requests: Requests in it.
+        num_trees: Of those, the ones with drafts that it verified.
     """
 
     vote: int
     version: int
     ended_at: float
     num_requests: int
+    num_trees: int = 0

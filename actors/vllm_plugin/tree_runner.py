@@ -172,7 +172,7 @@ class TreeRunnerMixin:
             return {}
         if desk.needs_hidden:
             self._hand_over_hidden(desk, state)
-        if desk.rests(count):
+        if desk.rests(count, self._step_number()):
             self._let_learn(desk)
             return {}
         is_going_on = ~self.discard_request_mask.np[:count]  # type: ignore[attr-defined]
@@ -249,6 +249,11 @@ class TreeRunnerMixin:
             counts.append(len(own))
         flat = torch.from_numpy(np.concatenate(rows)).to(state.hidden_states.device)
         desk.take_hidden(ids, np.array(counts), first, state.hidden_states[flat])
+
+    def _step_number(self) -> int:
+        """Of the vote before it, which is the same on all ranks of the group."""
+        forward = getattr(self, "_forward", None)
+        return self._num_steps if forward is None else forward[0]
 
     def _weight_version(self) -> int:
         gate = getattr(self, "gate", None)

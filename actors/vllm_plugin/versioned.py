@@ -101,6 +101,13 @@ class VersionedRunnerMixin:
         if has_sampled and record is not None and self._forward is not None:
             vote, version = self._forward
             setattr(record, VERSION_ATTRIBUTE, version)
-            step = Step(vote=vote, version=version, ended_at=time.monotonic(), num_requests=len(record.req_ids))
-            self._steps.append(step)
+            self._steps.append(
+                Step(
+                    vote=vote,
+                    version=version,
+                    ended_at=time.monotonic(),
+                    num_requests=len(record.req_ids),
+                    num_trees=len(getattr(self, "_verified_trees", ())),
+                )
+            )
         return output

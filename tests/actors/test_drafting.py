@@ -21,6 +21,7 @@ from rollout.governor.records import OFF, SourceShare
 from rollout.speculation.growth import ScoredTree
 from rollout.speculation.tree import TokenTree
 from rollout.speculation.walk import walk
+from rollout.speculation_config import DraftPolicy
 from tests.actors.drafting_cases import MODEL, VOCAB, config, request
 from tests.actors.speculation_drafters import StubDrafter
 
@@ -252,6 +253,39 @@ def test_turned_off_nothing_is_drafted() -> None:
     assert one.choose(0, 0, 0, NOTHING).is_off
     with pytest.raises(InvalidRequest, match="nobody"):
         one.turn(["nobody"])
+    with pytest.raises(InvalidRequest, match="policy of drafts: got now, expected one of governed, always, never"):
+        one.turn([], "now")
+
+
+def test_never_means_at_any_moment() -> None:
+    """Nobody drafts, what drafters need is kept, and what passes meanwhile is not laid at the governor's door."""
+    now = [0.0]
+    one = desk(StubDrafter([TokenTree.chain([1])]), governor=True, clock=lambda: now[0])
+    with mock.patch.object(one, "_governor") as governor:
+        governor.choose.return_value = one._fixed(["tests:0"])
+        governor.budgets.return_value = [6]
+
+        def next_step(trees=()) -> bool:
+            """Whether it was looked at."""
+            now[0] += 0.010
+            if one.rests(1):
+                return False
+            one.verified(step(1, trees))
+            one.choose(1, 10, 0, NOTHING)
+            return True
+
+        next_step()
+        tree = one.propose([request()])["a"]
+        one.turn(["tests:0"], DraftPolicy.NEVER)
+        assert next_step([("a", tree, walk(tree, [9, 9]))]), "a tree that was drafted before is verified"
+        assert one.choose(1, 10, 0, NOTHING).is_off and not one.is_turned_off
+        governor.reset_mock()
+        assert not any(next_step() for _ in range(100))
+        one.turn(["tests:0"])
+        assert next_step() and next_step()
+        observed = [call.args[0] for call in governor.observe.call_args_list]
+        assert [one.step_s for one in observed] == pytest.approx([0.010, 0.010])
+        assert all(one.choice.is_off for one in observed) and governor.choose.call_count == 2
 
 
 def test_always_means_whatever_the_governor_would_choose() -> None:
@@ -260,7 +294,7 @@ def test_always_means_whatever_the_governor_would_choose() -> None:
     with mock.patch.object(one, "_governor") as governor:
         governor.choose.return_value = OFF
         assert one.choose(1, 10, 0, NOTHING).is_off
-        one.turn(["tests:0"], True)
+        one.turn(["tests:0"], DraftPolicy.ALWAYS)
         one.verified(step(1))
         assert one.choose(1, 10, 0, NOTHING).budget_nodes == one.budgets(["a"])[0] == 6
         tree = one.propose([request()])["a"]

@@ -21,6 +21,7 @@ from rollout.governor.collapse import MIN_BEFORE
 from rollout.governor.statistics import SpeculationRecord
 from rollout.speculation.clover_config import load_draft
 from rollout.speculation.clover_training import TENSOR_PREFIX
+from rollout.speculation_config import DraftPolicy
 from rollout.types import Chunk, ChunkResult, SamplingParams
 from tests.actors.conftest import TINY
 from tests.actors.test_keyed_engine import prompts
@@ -79,8 +80,8 @@ def run(service: Service, chunks: list[Chunk], shards: tuple[int, ...] = (0, 1))
     return ray.get([service.shards[shards[i % len(shards)]].generate.remote(one) for i, one in enumerate(chunks)])
 
 
-def turn(service: Service, sources: list[str], always: bool = True) -> None:
-    ray.get([shard.turn_speculation.remote(sources, always) for shard in service.shards])
+def turn(service: Service, sources: list[str], policy: str = DraftPolicy.ALWAYS) -> None:
+    ray.get([shard.turn_speculation.remote(sources, policy) for shard in service.shards])
 
 
 def num_steps(service: Service) -> int:
@@ -204,7 +205,7 @@ def test_a_corrupted_draft_raises_the_alarm_within_one_chunk(
     def publish(sent: dict[str, torch.Tensor]) -> None:
         client.publish(client.stats().live_version + 1, weights | sent)
 
-    turn(drafting, ["clover2"], always=False)
+    turn(drafting, ["clover2"], DraftPolicy.GOVERNED)
     take_records(drafting)
     num_known = [0.0, 0.0]  # first nodes that each shard's governor verified, to compare later ones with
     try:
