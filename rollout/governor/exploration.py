@@ -97,8 +97,7 @@ class Exploration:
         for source in suspected:
             if source not in best.sources:
                 # The alarm looks at first layers only, so the smallest trees do.
-                smallest = min((p for p in plans if p.sources == (source,)), key=lambda p: p.budget_index)
-                self.trial = Trial(smallest, RETRY_REQUESTS, is_retry=True)
+                self.trial = Trial(_smallest(plans, (source,)), RETRY_REQUESTS, is_retry=True)
                 return
         wanted = best.gain * (1 + MIN_HOPE_GAIN)
         off_s = plans[0].step_s
@@ -128,7 +127,9 @@ class Exploration:
             elif step >= retry.at_step:
                 retry.at_step = step + retry.interval
                 retry.interval = min(2 * retry.interval, self._config.max_retry_steps)
-                self.trial = Trial(plan, RETRY_REQUESTS, is_retry=True)
+                # Where nothing pays, whether first nodes are accepted after all; larger trees are tried if that raises
+                # hopes of them.
+                self.trial = Trial(_smallest(plans, sources) if best.is_off else plan, RETRY_REQUESTS, is_retry=True)
                 return
 
     def num_requests(self, sequences: int, trials_known: float, best: Plan, afford: Callable[[int], bool]) -> int:
@@ -197,3 +198,7 @@ def _best_of_each(plans: Sequence[Plan]) -> dict[Sources, Plan]:
         if plan.sources and (plan.sources not in result or plan.gain > result[plan.sources].gain):
             result[plan.sources] = plan
     return result
+
+
+def _smallest(plans: Sequence[Plan], sources: Sources) -> Plan:
+    return min((plan for plan in plans if plan.sources == sources), key=lambda plan: plan.budget_index)

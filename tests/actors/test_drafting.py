@@ -17,6 +17,7 @@ from actors.vllm_plugin.drafting import (
     DraftDesk,
 )
 from rollout.errors import InvalidRequest
+from rollout.governor.comparison import TURN_STEPS, is_on_hold
 from rollout.governor.records import OFF, SourceShare
 from rollout.speculation.growth import ScoredTree
 from rollout.speculation.tree import TokenTree
@@ -286,6 +287,24 @@ def test_never_means_at_any_moment() -> None:
         observed = [call.args[0] for call in governor.observe.call_args_list]
         assert [one.step_s for one in observed] == pytest.approx([0.010, 0.010])
         assert all(one.choice.is_off for one in observed) and governor.choose.call_count == 2
+
+
+def test_compared_means_by_turns() -> None:
+    """The governor is shown its own turns alone, and no time that passes in the others."""
+    now, looked_at = [0.0], []
+    one = desk(StubDrafter([TokenTree.chain([1])]), governor=True, clock=lambda: now[0])
+    one.turn(["tests:0"], DraftPolicy.COMPARED)
+    with mock.patch.object(one, "_governor") as governor:
+        governor.choose.return_value = OFF
+        for number in range(4 * TURN_STEPS):
+            now[0] += 0.020 if is_on_hold(number) else 0.010
+            if not one.rests(1, number):
+                looked_at.append(number)
+                one.verified(step(1))
+                one.choose(1, 10, 0, NOTHING)
+        observed = [call.args[0].step_s for call in governor.observe.call_args_list]
+    assert looked_at == [number for number in range(4 * TURN_STEPS) if not is_on_hold(number)]
+    assert observed == pytest.approx([0.010] * (len(looked_at) - 1)), "nobody knows when the first began"
 
 
 def test_always_means_whatever_the_governor_would_choose() -> None:

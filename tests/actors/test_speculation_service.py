@@ -3,6 +3,7 @@
 Of the fixture `drafting` no token may differ.
 """
 
+import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ from launch.check_speculation import Campaign, Options, verdict
 from launch.workload import Workload
 from rollout.config import ModelConfig, SchedulerConfig, WorkloadConfig
 from rollout.governor.collapse import MIN_BEFORE
+from rollout.governor.comparison import TURN_STEPS, is_on_hold
 from rollout.governor.statistics import SpeculationRecord
 from rollout.speculation.clover_config import load_draft
 from rollout.speculation.clover_training import TENSOR_PREFIX
@@ -131,6 +133,23 @@ def test_cut_and_resumed_on_the_other_shard(drafting: Service, plain: list[Chunk
         results = run(drafting, pieces, shards=(piece % 2, (piece + 1) % 2))
         done = [tokens + result.token_ids for tokens, result in zip(done, results, strict=True)]
     assert done == [result.token_ids for result in plain]
+
+
+def test_compared_drafts_are_on_hold_on_all_shards_at_once(drafting: Service, plain: list[ChunkResult]) -> None:
+    """By turns of a few steps, in which nothing is drafted behind a step; tokens are those of plain decoding."""
+    turn(drafting, ["clover2"], DraftPolicy.COMPARED)
+    num_steps(drafting)
+    drafted_behind: list[bool] = []
+    for round_ in range(MAX_ROUNDS):
+        results = run(drafting, [chunk(i, prompt, SAMPLING, f"compared-{round_}") for i, prompt in enumerate(batch())])
+        assert [one.token_ids for one in results] == [one.token_ids for one in plain]
+        for shard in drafting.shards:
+            for before, step in itertools.pairwise(ray.get(shard.take_steps.remote())):
+                if step.num_trees:
+                    drafted_behind.append(not is_on_hold(before.vote))
+        if len(drafted_behind) >= 2 * TURN_STEPS:
+            break
+    assert all(drafted_behind) and len(drafted_behind) >= 2 * TURN_STEPS
 
 
 def test_a_campaign_compares_every_drafter(drafting: Service, tmp_path: Path) -> None:

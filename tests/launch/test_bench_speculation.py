@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,18 +11,21 @@ import pytest
 import torch
 
 from actors.service import served_plans
+from actors.vllm_plugin.steps import Step
 from launch.bench_speculation import main, prepare
 from launch.compose import compose
 from launch.rollout_load import Load
 from launch.rollout_run import Bar, Timeline
 from launch.rollout_turns import Repeat
-from launch.speculation_figures import ACCEPT_LENGTH, pooled_ratio, record_of, table, undisturbed
+from launch.speculation_figures import ACCEPT_LENGTH, governed_ratio, record_of, table, undisturbed
 from launch.speculation_loads import GIVEN_TOKENS, PARTS, Options, corrupted_loads, make_loads, tail_loads
+from launch.speculation_pairs import Pair, pairs_of
 from launch.speculation_picture import draw
-from launch.speculation_turns import DRAFTING, NGRAM, NONE, STOCK, TURNED_OFF, Results, Turn
+from launch.speculation_turns import DRAFTING, NGRAM, NONE, ON_HOLD, STOCK, Results, Turn
 from launch.speculation_useless import USELESS, publication, shuffled
 from rollout.config import EngineConfig, ModelConfig
 from rollout.errors import LongrollError
+from rollout.governor.comparison import TURN_STEPS, is_on_hold
 from rollout.scheduler.intake import make_group
 from rollout.simulate.lengths import LengthModel
 from rollout.speculation.clover_config import load_draft
@@ -44,10 +48,15 @@ def timeline(wall_s: float, num_tokens: int = 1000) -> Timeline:
 
 
 def turn(accept_length: float = 3.0, start: int = 0, **wall_s: float) -> Turn:
-    names = {"drafting": DRAFTING, "none": NONE, "off": TURNED_OFF, "vllm": STOCK, "ngram": NGRAM}
+    names = {"drafting": DRAFTING, "none": NONE, "hold": ON_HOLD, "vllm": STOCK, "ngram": NGRAM}
     timelines = {names[key]: timeline(seconds) for key, seconds in wall_s.items()}
     repeat = Repeat(timelines=timelines, lengths=[100] * 10, differences=())
     return Turn(repeat=repeat, drafts={DRAFTING: {ACCEPT_LENGTH: accept_length}}, start=start)
+
+
+def pairs(*ratios: float) -> list[Pair]:
+    """Of steps of a second on hold."""
+    return [Pair(governed_s=1 / ratio, on_hold_s=1.0, drafted_share=0.1) for ratio in ratios]
 
 
 def results(**parts: object) -> Results:
@@ -62,13 +71,15 @@ def results(**parts: object) -> Results:
         "answers": [turn(drafting=2.0, none=5.0)],
         "heavy": [turn(drafting=10.0, none=none) for none in (14.0, 15.0, 21.0)],
         "worst": {
-            1: [turn(drafting=d, none=10.0, off=10.0) for d in (10.0, 10.0, 11.0)],
-            64: [turn(drafting=10.0, none=10.0, off=10.2)] * 3,
+            1: [turn(drafting=d, none=10.0, hold=10.0) for d in (10.0, 10.0, 11.0)],
+            64: [turn(drafting=10.0, none=10.0, hold=10.2)] * 3,
         },
+        "within": {1: pairs(0.98, 0.96, 0.97), 64: pairs(1.0, 1.0)},
         "vllm_ngram": (800, 300),
         "settled": [turn(drafting=5.0, none=10.0)] * 2,
         "alarm_tokens": [140, 170],
-        "corrupted": [turn(drafting=10.1, none=10.0)] * 2,
+        "corrupted": [turn(drafting=10.1, none=10.0, hold=10.0)] * 2,
+        "corrupted_within": pairs(0.99, 0.97),
     }
     return Results(**(full | parts))  # type: ignore[arg-type]
 
@@ -87,28 +98,57 @@ def test_speedups_are_medians_and_the_tail_is_its_worst_size() -> None:
 def test_what_must_not_be_slower_counts_every_repeat() -> None:
     """One slow repeat of three, which a median would hide."""
     record = record_of(Options(), results())
-    assert record["worst_case_ratio"] == pytest.approx(30 / 31) and record["worst_case_batch"] == 1
-    assert record["off_ratio"] == pytest.approx(60 / 60.6) and record["worst_ratio_all"] == pytest.approx(60 / 61)
-    assert pooled_ratio(results().worst[64], DRAFTING) == 1.0
-    assert record["corrupted_ratio"] == pytest.approx(20 / 20.2) and record["alarm_tokens"] == 170
+    assert record["services_ratio_1"] == pytest.approx(30 / 31) and record["services_ratio_64"] == 1.0
+    assert record["hold_ratio"] == pytest.approx(60 / 60.6) and record["services_ratio"] == pytest.approx(60 / 61)
+    assert record["corrupted_services_ratio"] == pytest.approx(20 / 20.2) and record["alarm_tokens"] == 170
     assert record["settled_ratio"] == 2.0
 
 
+def test_the_worst_case_is_what_a_governor_loses_times_what_its_engine_has_to_keep() -> None:
+    record = record_of(Options(), results())
+    one = 3 / (1 / 0.98 + 1 / 0.96 + 1 / 0.97)
+    assert (record["governed_ratio_1"], record["governed_ratio_64"]) == pytest.approx((one, 1.0))
+    assert record["worst_case_ratio"] == pytest.approx(one * 60 / 60.6) and record["worst_case_batch"] == 1
+    assert record["corrupted_ratio"] == record["corrupted_governed_ratio"] == pytest.approx(2 / (1 / 0.99 + 1 / 0.97))
+    assert record["drafted_share_1"] == pytest.approx(0.1)
+    # By hand: of two pairs, stretched to governed steps of 1 s, the residuals of hold times are ± 0.01.
+    assert governed_ratio(pairs(0.99, 0.97))[1] == pytest.approx(0.01, rel=0.02)
+    assert record["worst_case_ratio_error"] == pytest.approx(
+        math.hypot(record["governed_ratio_1_error"] * 60 / 60.6, record["hold_ratio_error"] * one)
+    )
+
+
+def test_pairs_have_the_steps_of_all_sequences() -> None:
+    """Governed ones take 3 s, and so does one on hold that verifies a tree; what some sequences do is not compared."""
+    steps, now = [], 0.0
+    for vote in range(4 * TURN_STEPS):
+        drafted = vote == TURN_STEPS
+        now += 3.0 if drafted or not is_on_hold(vote) else 2.0
+        few = 2 * TURN_STEPS <= vote < 3 * TURN_STEPS
+        steps.append(Step(vote=vote, version=0, ended_at=now, num_requests=1 if few else 2, num_trees=drafted))
+    assert is_on_hold(TURN_STEPS) and not is_on_hold(0), "the tree was drafted in the governed turn before"
+    share = 1 / TURN_STEPS  # what the tree's step adds makes up for the first step, of which nobody knows when it began
+    assert pairs_of(steps, 2, start=4) == [Pair(governed_s=3.0, on_hold_s=2.0, drafted_share=share, start=4)]
+    assert pairs_of(steps[: TURN_STEPS // 2], 2) == [], "of one turn alone there is nothing to compare"
+
+
 def test_turns_that_the_machine_disturbed_are_left_out_with_all_their_ways() -> None:
-    calm = [turn(drafting=10.2, none=10.0, off=10.1)] * 4
-    hit = [turn(drafting=10.2, none=14.0, off=10.1), turn(drafting=15.0, none=10.0, off=10.1)]
+    calm = [turn(drafting=10.2, none=10.0, hold=10.1)] * 4
+    hit = [turn(drafting=10.2, none=14.0, hold=10.1), turn(drafting=15.0, none=10.0, hold=10.1)]
     record = record_of(Options(), results(worst={1: calm + hit}))
-    assert record["worst_case_ratio"] == pytest.approx(100 / 102) and record["worst_turns_left_out"] == 2
-    assert record["off_ratio"] == pytest.approx(100 / 101)
+    assert record["services_ratio_1"] == pytest.approx(100 / 102) and record["turns_left_out"] == 2
+    assert record["hold_ratio"] == pytest.approx(100 / 101)
     assert undisturbed(calm[:2] + hit) == calm[:2] + hit, "half of them: that is how it is here"
-    assert record["worst_error_1"] == 0.0, "the calm ones are alike"
+    assert record["services_ratio_1_error"] == 0.0, "the calm ones are alike"
     alone = record_of(Options(), results(worst={1: calm[:1]}, corrupted=calm[:1]))
-    assert not {"worst_error_1", "corrupted_error"} & set(alone), "of one turn no error is known"
-    started = [turn(start=start, drafting=10.0, none=none, off=10.0) for start, none in enumerate((9.8, 10.0, 10.2))]
-    error = record_of(Options(starts=3), results(worst={1: started * 20}))["worst_error_1"]
-    assert error == pytest.approx(0.02 / 3**0.5), "more turns tell nothing more of how starts differ"
-    slow = record_of(Options(), results(worst={1: [turn(drafting=20.0, none=10.0, off=10.0)] * 3}))
-    assert slow["worst_case_ratio"] == pytest.approx(0.5), "what is slow every time is not left out"
+    unknown = {"services_ratio_1_error", "hold_ratio_error", "worst_case_ratio_error", "corrupted_ratio_error"}
+    assert not unknown & set(alone), "of one turn no error is known"
+    started = [turn(start=start, drafting=10.0, none=none, hold=10.0) for start, none in enumerate((9.8, 10.0, 10.2))]
+    errors = record_of(Options(starts=3), results(worst={1: started * 20}))
+    expected = pytest.approx(0.02 / 3**0.5)
+    assert errors["hold_ratio_error"] == errors["services_ratio_1_error"] == expected, "turns tell nothing of starts"
+    slow = record_of(Options(), results(worst={1: [turn(drafting=20.0, none=10.0, hold=10.0)] * 3}))
+    assert slow["services_ratio_1"] == pytest.approx(0.5), "what is slow every time is not left out"
 
 
 def test_a_part_that_was_not_measured_has_no_figures() -> None:
@@ -133,7 +173,7 @@ def test_loads_share_neither_prompts_nor_groups() -> None:
         groups=3, n=2, tail_pool=30, corrupted_batch=1, batches=(2, 5), batch_rounds=3, repeats=2, answers=2
     )
     loads = make_loads(compose(["experiment=tiny_grpo"]), options, LengthModel())
-    worst = [some for repeats in loads.worst.values() for some in repeats]
+    worst = [some for every in (loads.worst, loads.long) for repeats in every.values() for some in repeats]
     several = [loads.pools, loads.answers, loads.heavy, *worst]
     every = [loads.warm_up, loads.corrupted, *(load for some in several for load in some)]
     ids = [group_id for load in every for group_id in load.request.group_ids]
@@ -232,7 +272,7 @@ def test_a_publication_needs_what_the_service_serves(drop: str) -> None:
         publication(dict(some) | extra, str(TINY), DRAFT, is_corrupted=False)
 
 
-@pytest.mark.parametrize("left_out", [(), ("tails", "heavy"), ("worst", "corrupted", "settled")])
+@pytest.mark.parametrize("left_out", [(), ("tails", "heavy"), ("worst", "within", "corrupted", "settled")])
 def test_the_picture_has_what_was_measured(left_out: tuple[str, ...], tmp_path: Path) -> None:
     some = results(**{name: type(getattr(results(), name))() for name in left_out})
     path = tmp_path / "speculation.png"
