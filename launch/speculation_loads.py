@@ -22,7 +22,7 @@ PARTS = ("tail", "answers", "rollout", "worst", "corrupted")
 CORRUPTED_LOADS = 4  # of part corrupted, which take turns: a draft model does not remember what it drafted for
 SETTLING, NOTICING = 8, 16  # turns in which a governor takes to a draft, and in which it may notice what became of it
 WARM_UP_TOKENS = 64
-MIN_LONG_TOKENS = 8 * TURN_STEPS
+MIN_LONG_TOKENS = 8 * TURN_STEPS  # several pairs of turns
 GIVEN_TOKENS = 8  # of an answer, that stand in the prompt of a tail
 FIRST_PROMPT = 1_000_000  # of the workload: far behind those that a draft was trained on
 
@@ -97,9 +97,7 @@ class Options:
         for name in ("tails", "batches"):
             self._check(name, getattr(self, name))
         if "worst" in self.parts and self.long_tokens < MIN_LONG_TOKENS:
-            raise InvalidRequest(
-                "long_tokens", self.long_tokens, f"≥ {MIN_LONG_TOKENS}: several pairs of turns of steps"
-            )
+            raise InvalidRequest("long_tokens", self.long_tokens, f"≥ {MIN_LONG_TOKENS}: several pairs of turns")
         if "tail" in self.parts and self.tail_pool < sum(self.tails) * self.tail_rounds:
             raise InvalidRequest("tail_pool", self.tail_pool, "as many answers as all tails of a repeat need")
         if "corrupted" in self.parts and self.tail_pool < CORRUPTED_LOADS * self.corrupted_batch:

@@ -288,6 +288,7 @@ def test_the_picture_has_what_was_measured(left_out: tuple[str, ...], tmp_path: 
         ("tail_pool=9", "tail_pool"),
         ("tails=1 tail_pool=10", "part corrupted"),
         ("batches=", "batches"),
+        ("long_tokens=32", "several pairs"),
         ("repeats=0", "≥ 1"),
         ("starts=0", "starts"),
     ],
