@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from rollout.governor.config import GovernorConfig
-from rollout.governor.exploration import OFF_STEPS, SHOTS
+from rollout.governor.exploration import OFF_STEPS, SHOTS, Exploration
 from rollout.governor.governor import Governor
 from rollout.governor.records import OFF, StepOutcome, StepState
 from rollout.speculation_config import SpeculationConfig
@@ -192,6 +192,23 @@ def test_useless_sources_are_tried_ever_more_seldom():
     tried = [step for step, choice in enumerate(long.choices) if not choice.is_off]
     early, late = sum(step < 600 for step in tried), sum(step >= 3000 for step in tried)
     assert 0 < early <= 60 and late <= early
+
+
+def test_where_nothing_pays_a_retry_drafts_the_smallest_tree():
+    """Whatever looks best of what does not pay; beside drafts that pay it is the best of the set."""
+    governor = Governor(LIMITS)
+    run(governor, engine_of(cpu_s, USELESS), 8, 4)
+    plans = governor.planner.plans(state_of(4, ("random",)), [("random",)])
+    largest = max(plans, key=lambda plan: plan.budget_index)
+    plans = [plan if plan.is_off else replace(plan, gain=0.9 if plan is largest else 0.8) for plan in plans]
+    paying = replace(plans[0], sources=("clover2",), gain=1.5, is_near=False)
+    for best, index in ((plans[0], 0), (paying, largest.budget_index)):
+        exploration = Exploration(GovernorConfig())
+        if not best.is_off:  # steps without drafts come first
+            exploration.plan(plans, best, set(), step=0)
+        exploration.plan(plans, best, set(), step=1)
+        assert exploration.trial is not None and exploration.trial.is_retry
+        assert exploration.trial.plan.budget_index == index
 
 
 def test_a_new_source_is_tried_at_once_even_beside_one_that_does_well():
