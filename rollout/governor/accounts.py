@@ -1,10 +1,13 @@
 """An account of seconds: what may be lost is earned as time passes, and what is lost is taken from it.
 
 Over any span, losses ≤ share · seconds + the cap + what the last step overdrew. That holds whatever the estimates
-that led to the losses were worth, and is what makes the bound on the worst case.
+that led to the losses were worth, and is what makes the bound on the worst case. Each size of a batch has an account of
+its own, so the bound holds for the steps of each size, and over all of them with a cap for each size that occurred.
 """
 
 from __future__ import annotations
+
+import math
 
 
 class LossAccount:
@@ -44,3 +47,23 @@ class LossAccount:
 
     def can_afford(self, loss_s: float) -> bool:
         return not self.is_overdrawn and loss_s <= self.balance_s
+
+
+class Accounts:
+    """An account for each size of a batch, all with the same terms. Arguments as of `LossAccount`."""
+
+    def __init__(self, share: float, grant_steps: float, cap_steps: float) -> None:
+        self._terms = (share, grant_steps, cap_steps)
+        self._by_size: dict[int, LossAccount] = {}
+
+    def of(self, num_sequences: int) -> LossAccount:
+        """The account of batches of about so many sequences, at least 1."""
+        size = size_class(num_sequences)
+        if size not in self._by_size:
+            self._by_size[size] = LossAccount(*self._terms)
+        return self._by_size[size]
+
+
+def size_class(num_sequences: int) -> int:
+    """Batches of one class differ by less than a factor of 1.42."""
+    return round(2 * math.log2(num_sequences))

@@ -6,7 +6,8 @@
 It owns the present choice. Two accounts of seconds bound what it may lose: one against no speculation, over steps with
 the choice that is taken to be the best, which shuts speculation off while it is overdrawn whatever the estimates say;
 and one against that choice, over trials, which lose no more against none. So a dear trial delays the next one, not what
-is known to pay.
+is known to pay. Batches of each size have accounts of their own: a second lost by a full batch is a hundred steps of
+the few sequences at the end of a rollout, which are the ones that drafts are for.
 
 One governor serves one rank. Ranks of an expert-parallel group may choose differently: sampled tokens do not depend on
 drafts, every rank takes part in each forward whatever its rows, and rows are padded to the largest as those of uneven
@@ -21,7 +22,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from rollout.errors import InvalidRequest
-from rollout.governor.accounts import LossAccount
+from rollout.governor.accounts import Accounts, size_class
 from rollout.governor.collapse import SourceWatch
 from rollout.governor.config import GovernorConfig
 from rollout.governor.exploration import Exploration, loss_s
@@ -56,8 +57,8 @@ class Governor:
         self.planner = Planner(limits, config)
         self.requests = RequestBudgets()
         self._exploration = Exploration(config)
-        self._guard = LossAccount(config.guard_share - config.explore_share, config.grant_steps, config.cap_steps)
-        self._trials = LossAccount(config.explore_share, config.grant_steps, config.cap_steps)
+        self._guards = Accounts(config.guard_share - config.explore_share, config.grant_steps, config.cap_steps)
+        self._trials = Accounts(config.explore_share, config.grant_steps, config.cap_steps)
         self._watches: dict[str, SourceWatch] = {}
         self._record = SpeculationRecord(max_depth=limits.max_depth)
         self._step = 0
@@ -82,7 +83,7 @@ class Governor:
         if not state.num_sequences or not state.sources or self._num_cold:
             return OFF
         self._decide_if_due(state)
-        if self._guard.is_overdrawn:
+        if self._guards.of(state.num_sequences + state.peer_sequences).is_overdrawn:
             self._record.num_guarded_steps += 1
             return OFF
         return self._trial(state) or self._choice
@@ -149,8 +150,7 @@ class Governor:
             self._version = version
 
     def _decide_if_due(self, state: StepState) -> None:
-        everybody = state.num_sequences + state.peer_sequences
-        size = round(2 * math.log2(everybody))
+        size = size_class(state.num_sequences + state.peer_sequences)
         last = self._decided_at
         if last is not None and not self._is_stale and last[1:] == (size, state.sources):
             if self._step - last[0] < self._interval:
@@ -206,14 +206,15 @@ class Governor:
         if trial is None or best is None:
             return None
         plan, times = trial.plan, self.planner.times
+        account = self._trials.of(state.num_sequences + state.peer_sequences)
         if plan.is_off:
-            if not self._trials.can_afford(loss_s(plan, best.gain, times, state, 0)):
+            if not account.can_afford(loss_s(plan, best.gain, times, state, 0)):
                 return None
             self._exploration.fired(1, self._step, is_full=True)
             return replace(OFF, is_trial=True)
 
         def afford(requests: int) -> bool:
-            return self._trials.can_afford(loss_s(plan, best.gain, times, state, requests))
+            return account.can_afford(loss_s(plan, best.gain, times, state, requests))
 
         known = self.planner.acceptance(plan.sources).num_trials
         if trial.is_retry:  # what it was long ago must not outweigh what it is now
@@ -247,17 +248,18 @@ class Governor:
         everybody = outcome.num_sequences + outcome.peer_sequences
         off_s = self.planner.base_s(everybody, outcome.context_tokens)
         passed_s = (1 + outcome.num_rested) * outcome.step_s
-        self._guard.pass_time(passed_s, off_s)
-        self._trials.pass_time(passed_s, off_s)
+        guard, trials = self._guards.of(everybody), self._trials.of(everybody)
+        guard.pass_time(passed_s, off_s)
+        trials.pass_time(passed_s, off_s)
         # A choice without drafts yields what it yields, so that only drafts are charged for.
         worth_s = off_s * (outcome.num_tokens + outcome.peer_sequences) / everybody
         is_drafting = not outcome.choice.is_off
         if outcome.choice.is_trial and self._best is not None:
-            self._trials.charge(seconds - worth_s / self._best.gain, off_s)
+            trials.charge(seconds - worth_s / self._best.gain, off_s)
         elif is_drafting:
-            self._guard.charge(seconds - worth_s, off_s)
+            guard.charge(seconds - worth_s, off_s)
             # Where drafts save much, something better would save more: it is looked for in earnest.
-            self._trials.charge(-self._config.explore_gains * (worth_s - seconds), off_s)
+            trials.charge(-self._config.explore_gains * (worth_s - seconds), off_s)
         self._record.add_outcome(outcome, seconds - worth_s if is_drafting else 0.0)
 
     def _watch(self, outcome: StepOutcome, source: str) -> Alarm | None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from rollout.governor.config import GovernorConfig
-from rollout.governor.exploration import OFF_STEPS, SHOTS, Exploration
+from rollout.governor.exploration import OFF_SHOTS, OFF_STEPS, SHOTS, Exploration
 from rollout.governor.governor import Governor
 from rollout.governor.records import OFF, StepOutcome, StepState
 from rollout.speculation_config import SpeculationConfig
@@ -146,8 +146,21 @@ def test_a_trial_that_was_dear_delays_others_and_not_what_is_known_to_pay():
     trial = governor._choice_of(governor.planner.plans(state_of(8), [("clover2",)])[1], None, is_trial=True)
     outcome = engine.step(trial, 8, 10_400)
     governor.observe(replace(outcome, draft_s=(("clover2", 2.0),), step_s=outcome.step_s + 2.0))
-    assert governor._trials.is_overdrawn and not governor._guard.is_overdrawn
+    assert governor._trials.of(8).is_overdrawn and not governor._guards.of(8).is_overdrawn
     assert not any(c.is_off for c in run(governor, engine, 100, 8).choices)
+
+
+def test_what_a_full_batch_lost_does_not_keep_the_tail_from_trying_a_good_draft():
+    useless = engine_of(cpu_s, {"clover2": Source(chances(0.01), layer_s=1e-3)}, seed=2)
+    governor = Governor(LIMITS)
+    run(governor, useless, 300, 64)
+    trial = governor._choice_of(governor.planner.plans(state_of(64), [("clover2",)])[1], None, is_trial=True)
+    outcome = useless.step(trial, 64, 64 * 1300)
+    governor.observe(replace(outcome, draft_s=(("clover2", 2.0),), step_s=outcome.step_s + 2.0))
+    assert governor._trials.of(64).is_overdrawn
+    # Trials may take 0.75 % of the time: 2 s are earned in 20,000 steps of two sequences.
+    choices = run(governor, engine_of(cpu_s, MODEL, seed=3), 300, 2, version=1).choices
+    assert sum(c.is_off for c in choices[-100:]) <= OFF_SHOTS  # looks at steps without drafts
 
 
 @pytest.mark.parametrize("factor", [0.25, 4.0], ids=["faster", "slower"])
