@@ -23,6 +23,7 @@ CORRUPTED_LOADS = 4  # of part corrupted, which take turns: a draft model does n
 SETTLING, NOTICING = 8, 16  # turns in which a governor takes to a draft, and in which it may notice what became of it
 WARM_UP_TOKENS = 64
 MIN_LONG_TOKENS = 8 * TURN_STEPS  # several pairs of turns
+MIN_CORRUPTED_TOKENS = 4 * TURN_STEPS  # a pair of turns at least
 GIVEN_TOKENS = 8  # of an answer, that stand in the prompt of a tail
 FIRST_PROMPT = 1_000_000  # of the workload: far behind those that a draft was trained on
 
@@ -231,10 +232,19 @@ def tail_loads(pool: Load, groups: Sequence[Group], options: Options) -> dict[in
 def corrupted_loads(pool: Load, groups: Sequence[Group], options: Options) -> list[Load]:
     """The longest answers of a pool, dealt to CORRUPTED_LOADS loads of about the same length.
 
-    Arguments and errors as of `tail_loads`.
+    Arguments as of `tail_loads`.
+
+    Raises:
+        LongrollError: The model's answers are too short, if only to be compared by turns of a few steps.
     """
     answers, longest = _by_length(pool, groups)
     chosen = longest[: CORRUPTED_LOADS * options.corrupted_batch]
+    shortest = len(answers[pool.request.group_ids[chosen[-1]]]) - GIVEN_TOKENS
+    if shortest < MIN_CORRUPTED_TOKENS:
+        raise LongrollError(
+            f"corrupted: got an answer of {shortest} tokens among the {len(chosen)} longest of {len(groups)}, expected"
+            f" {MIN_CORRUPTED_TOKENS} or more, several turns of {TURN_STEPS} steps; a larger tail_pool has longer ones"
+        )
     return [_continued(pool.request, chosen[place::CORRUPTED_LOADS], answers) for place in range(CORRUPTED_LOADS)]
 
 

@@ -17,6 +17,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstdio>
 #include <cstdlib>
 #include <iterator>
 #include <memory>
@@ -44,10 +45,17 @@ struct Free {
 };
 using Words = std::unique_ptr<uint32_t, Free>;
 
-// Room for `vectors` vectors of inputs, whole tiles of them, as a right operand.
+// Room for `vectors` vectors of inputs, whole tiles of them, as a right operand. Without memory the process ends and says
+// why: no exception may leave a parallel region.
 Words right_operand(int64_t vectors, int64_t inputs) {
   const size_t tiles = (vectors + kLanes - 1) / kLanes;
-  return Words(static_cast<uint32_t*>(std::aligned_alloc(64, tiles * kLanes * inputs * sizeof(uint16_t))));
+  const size_t bytes = tiles * kLanes * inputs * sizeof(uint16_t);
+  Words words(static_cast<uint32_t*>(std::aligned_alloc(64, bytes)));
+  if (!words && bytes) {
+    std::fprintf(stderr, "dense product: got no memory, expected %zu bytes for its right operand\n", bytes);
+    std::abort();
+  }
+  return words;
 }
 
 // Vectors [count, inputs] as a right operand: for every 16 of them [inputs / 2][16] pairs of neighbouring input

@@ -228,6 +228,8 @@ def test_a_corrupted_drafts_loads_are_of_about_one_length() -> None:
     loads = corrupted_loads(pool, served(pool, [100 + place for place in range(20)]), options)
     lengths = [sorted(load.lengths.values()) for load in loads]
     assert lengths == [[115 - place - GIVEN_TOKENS, 119 - place - GIVEN_TOKENS] for place in range(4)]
+    with pytest.raises(LongrollError, match="got an answer of 23 tokens among the 8 longest of 20, expected 32"):
+        corrupted_loads(pool, served(pool, [19 + place for place in range(20)]), options)
 
 
 def test_engines_have_room_for_every_part_and_all_that_drafts() -> None:
