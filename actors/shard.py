@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import time
 from dataclasses import replace
 from typing import Any
@@ -21,7 +22,7 @@ from actors.engine_args import engine_args
 from actors.line import LineAddress, LineServer
 from actors.ports import free_port
 from actors.process import place_of_this_process
-from actors.shard_environment import prepare_environment
+from actors.shard_environment import front_end_cores, move_threads, prepare_environment
 from actors.shard_requests import ChunkRun, sampling_params, stop_token_ids
 from actors.siblings import SiblingExchange, kinship
 from actors.token_line import TOKENS, TokenSender
@@ -88,6 +89,7 @@ class Shard:
         Raises:
             EngineDead: With vLLM's reason.
         """
+        cores = sorted(os.sched_getaffinity(0))
         prepare_environment(self._rank, self._engine_config.omp_threads_bind, on_gpu=self._on_gpu)
         from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -108,6 +110,8 @@ class Shard:
             lines = await self._rpc("longroll_open")
             self._lines = [ControlLine(address, key, f"shard {self._rank}") for address, key in lines]
             num_local = sum(await self._workers("num_local_experts"))
+            if not self._on_gpu:
+                move_threads(front_end_cores(self._rank, self._engine_config, cores))
         except LongrollError:
             raise
         except Exception as error:
