@@ -2,7 +2,7 @@
 
 An engine on CPU computes on cores of its own. OpenMP binds the thread that loads it, in the process of the shard too,
 whose own work, a fifth of the engine's, would then wait for the engine and the engine for it: once the engine runs, the
-shard's threads move to cores on which no engine computes, if there are any.
+shard's threads move elsewhere, if there are other cores.
 """
 
 from __future__ import annotations
@@ -50,18 +50,24 @@ def engine_cores(rank: int, omp_threads_bind: str | None, cores: Sequence[int]) 
 
 
 def front_end_cores(rank: int, engine: EngineConfig, cores: Sequence[int]) -> set[int]:
-    """The cores for all else that a shard does: those on which no shard's engine computes, or else its own engine's.
+    """The cores for all else that a shard does.
 
-    Shards are taken to share one host: on several, cores may be left alone that are free.
+    Those on which no engine computes; or else no engine of its own group, as other groups may be idle, above all at the
+    end of a rollout; or else its own engine's. Shards are taken to share one host: on several, cores may be left alone
+    that are free.
 
     Args:
         rank: Of the shard.
         engine: Of all of them.
         cores: That the shard may use, rising.
     """
-    ranks = range(engine.num_all_shards)
-    taken = {core for other in ranks for core in engine_cores(other, engine.omp_threads_bind, cores)}
-    return set(cores) - taken or set(engine_cores(rank, engine.omp_threads_bind, cores))
+    first = rank - rank % engine.num_shards
+
+    def others(ranks: range) -> set[int]:
+        return set(cores) - {core for r in ranks for core in engine_cores(r, engine.omp_threads_bind, cores)}
+
+    own = set(engine_cores(rank, engine.omp_threads_bind, cores))
+    return others(range(engine.num_all_shards)) or others(range(first, first + engine.num_shards)) or own
 
 
 def move_threads(cores: Collection[int]) -> None:

@@ -48,7 +48,10 @@ def test_cores_are_left_alone_beside_a_gpu(monkeypatch: pytest.MonkeyPatch) -> N
         (1, 1, None, 0, [0, 1], {1}),
         (2, 1, None, 0, [0, 1, 2, 3], {2, 3}),
         (2, 2, None, 1, [4, 5, 6, 7, 8], {8}),
-        (2, 1, None, 1, [0, 1], {1}),  # none is left
+        (1, 2, None, 0, [0, 1], {1}),  # none is left but that of the other group
+        (1, 2, None, 1, [0, 1], {0}),
+        (2, 2, None, 2, [0, 1, 2, 3], {0, 1}),
+        (2, 1, None, 1, [0, 1], {1}),  # none is left but its own
         (4, 1, None, 3, [0, 1], {1}),
         (2, 1, "0-2|3,4", 1, [0, 1, 2, 3, 4, 5], {5}),
         (2, 1, "0-2|3,4", 1, [0, 1, 2, 3, 4], {3, 4}),
