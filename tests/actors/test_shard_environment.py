@@ -65,7 +65,7 @@ def test_a_front_end_keeps_off_the_cores_of_engines(num_shards, num_groups, bind
 
 @pytest.mark.skipif(len(CORES) < 2, reason="needs two cores")
 def test_threads_that_openmp_has_bound_move_to_the_front_ends_cores() -> None:
-    """In a process of its own: libraries that vLLM imports bring an OpenMP each, which binds the thread that loads it."""
+    """In a process of its own: what vLLM imports brings an OpenMP of its own, which binds the thread that loads it."""
     program = """
 import os, threading
 from actors.shard_environment import front_end_cores, move_threads, prepare_environment
