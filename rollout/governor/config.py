@@ -20,10 +20,11 @@ class GovernorConfig:
     explore_gains: float = (
         0.05  # share of the time that drafts save, which trials may lose against the best choice known as well
     )
-    grant_steps: float = 3.0  # step times that both accounts hold at the start, so that trials need not wait for income
-    cap_steps: float = (
-        12.0  # most step times that an account holds, so that a long good time does not pay for a bad one
-    )
+    # Step times that each account holds at the start, so that trials need not wait for income.
+    grant_steps: float = 3.0
+    # Most step times that an account holds, so that a long good time does not pay for a bad one: what trials may take
+    # at once when the weights change, at each size of a batch.
+    cap_steps: float = 6.0
     switch_margin: float = 0.01  # gain over the present choice from which another is taken; smaller = flaps on noise
     decide_every: int = 16  # steps between decisions while nothing but the estimates changes
     retry_steps: int = 256  # steps until a source that did not pay is tried again; doubles each time it fails again
