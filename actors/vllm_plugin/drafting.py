@@ -88,6 +88,7 @@ class DraftDesk:
         self._num_idle: dict[int, int] = {}  # steps in a row for which nobody was to draft, of those looked at, by size
         self._version: int | None = None  # of the weights, as last seen
         self._num_rested = 0  # steps that were not looked at, since one was
+        self._has_drafted = False  # for the last step that was looked at
         self._turn(self._sources)
         self._is_on_hold = self._is_compared = False
         self._is_governed = self._was_governed = self._governor is not None  # the latter: when it was last chosen
@@ -178,6 +179,7 @@ class DraftDesk:
         answered = [(self._pending.pop(request_id), tree, walked) for request_id, tree, walked in step.trees]
         unanswered, self._num_unanswered = self._num_unanswered, 0
         num_rested, self._num_rested = self._num_rested, 0
+        has_drafted, self._has_drafted = self._has_drafted, bool(self._draft_s)
         governor = self._governor
         if governor is None or not self._was_governed:
             return
@@ -201,6 +203,7 @@ class DraftDesk:
             peer_sequences=step.peers.sequences,
             peer_rows=step.peers.rows,
             num_rested=num_rested,
+            follows_drafts=has_drafted or self._has_drafted,
         )
         with self._lock:
             governor.observe(outcome)

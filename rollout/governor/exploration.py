@@ -32,7 +32,7 @@ SOUNDING_REQUESTS = 8  # in one step of a trial that is about acceptance
 SHRUNK_STEPS = 16  # until what did not pay is tried again once batches have shrunk
 COOLING_STEPS = 256  # until the same plan, at the same size, is tried again
 OFF_STEPS = 256  # between two looks at steps without drafts, which all else is compared with, while drafts are chosen
-OFF_SHOTS = 2  # steps of one such look
+OFF_SHOTS = 3  # steps of one such look, of which the first follows drafts and tells nothing
 
 
 @dataclass(slots=True)

@@ -139,8 +139,9 @@ class Planner:
             verify_s = max(outcome.step_s - draft_s - outcome.prepare_s, 1e-6)
             sequences = outcome.num_sequences + outcome.peer_sequences
             rows = outcome.rows + outcome.peer_rows
-            learned_s = self.times.learn(sequences, rows, outcome.context_tokens, verify_s)
-            seconds = learned_s + draft_s + outcome.prepare_s
+            if rows > sequences or not outcome.follows_drafts:
+                verify_s = self.times.learn(sequences, rows, outcome.context_tokens, verify_s)
+            seconds = verify_s + draft_s + outcome.prepare_s
         if outcome.tally is not None and not choice.is_off:
             index = self.budgets.index(choice.budget_nodes)
             self.acceptance(choice.sources).learn(outcome.tally.together, index, choice.max_depth)

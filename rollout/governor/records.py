@@ -98,6 +98,8 @@ class StepOutcome:
         has_prefill: It also prefilled, so that its time says nothing about decoding.
         tally: What the drafts came to; None without drafts.
         num_rested: Steps like this one, without drafts, that came before it and that the governor was not told of.
+        follows_drafts: Trees were verified or drafted since the step before it. It pays for their bookkeeping and finds
+            the caches full of theirs, so without drafts of its own it tells nothing of the time of steps without.
     """
 
     choice: Choice
@@ -114,6 +116,7 @@ class StepOutcome:
     peer_sequences: int = 0
     peer_rows: int = 0
     num_rested: int = 0
+    follows_drafts: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

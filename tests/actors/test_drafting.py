@@ -200,6 +200,24 @@ def test_catching_up_is_timed_apart_from_drafting() -> None:
         assert governor.observe.call_args.args[0].prepare_s == 0.0
 
 
+def test_a_step_that_follows_drafts_is_known_for_it() -> None:
+    one = desk(StubDrafter([TokenTree.chain([1])]), governor=True)
+    with mock.patch.object(one, "_governor") as governor:
+        follows = []
+        for drafts in (False, False, True, True, False, False):
+            one.verified(step(1, [(name, one.tree_of(name), walk(one.tree_of(name), [9, 9])) for name in one._pending]))
+            follows.append(governor.observe.call_args is not None and governor.observe.call_args.args[0].follows_drafts)
+            governor.choose.return_value = one._fixed(["tests:0"]) if drafts else OFF
+            one.choose(1, 10, 0, NOTHING)
+            if drafts:
+                one.propose([request()])
+    # The fourth and the fifth verify trees, the sixth finds their bookkeeping.
+    assert follows == [False, False, False, True, True, True]
+    with mock.patch.object(one, "_governor") as governor:
+        one.verified(step(1))
+        assert not governor.observe.call_args.args[0].follows_drafts
+
+
 def test_steps_that_nobody_drafts_for_are_looked_at_now_and_then() -> None:
     now = [0.0]
     one = desk(StubDrafter([TokenTree.chain([1])]), clock=lambda: now[0], governor=True)

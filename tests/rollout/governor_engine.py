@@ -105,13 +105,18 @@ def grow(chances: np.ndarray, budget: int, max_width: int) -> list[Children]:
 
 @dataclass(slots=True)
 class Engine:
-    """Runs steps, with the best tree of each source."""
+    """Runs steps, with the best tree of each source.
+
+    Attributes:
+        after_drafts: How much longer a step without drafts takes that follows one with.
+    """
 
     curve: Callable[[int, int, int], float]
     sources: dict[str, Source]
     rng: np.random.Generator
     noise: float = 0.05
     outliers: float = 0.01
+    after_drafts: float = 1.0
     _asked: tuple[str, ...] = ()
     _worth: dict[tuple, tuple[float, float]] = field(default_factory=dict)
 
@@ -123,8 +128,10 @@ class Engine:
             accepted = tally.together.accepted
         draft = self.draft_s(choice, asked)
         prepare_s = asked * sum(self.sources[name].prepare_s for name in choice.sources if name not in self._asked)
+        follows_drafts = bool(self._asked)
         self._asked = choice.sources
         factor = self.rng.lognormal(0, self.noise) * (4 if self.rng.random() < self.outliers else 1)
+        factor *= self.after_drafts if follows_drafts and choice.is_off else 1
         return StepOutcome(
             choice=choice,
             num_sequences=sequences,
@@ -136,6 +143,7 @@ class Engine:
             prepare_s=prepare_s * factor,
             draft_s=tuple((name, spent * factor) for name, spent in draft.items() if spent),
             tally=tally,
+            follows_drafts=follows_drafts or not choice.is_off,
         )
 
     def draft_s(self, choice: Choice, asked: int) -> dict[str, float]:

@@ -163,6 +163,17 @@ def test_what_a_full_batch_lost_does_not_keep_the_tail_from_trying_a_good_draft(
     assert sum(c.is_off for c in choices[-100:]) <= OFF_SHOTS  # looks at steps without drafts
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_steps_that_pay_for_the_drafts_before_them_do_not_make_drafts_look_good(seed):
+    """Without drafts, half as long again right after them: their bookkeeping, and caches full of the draft model."""
+    fair = {"clover2": Source(chances(0.35), layer_s=1e-3)}
+    governor, engine = Governor(LIMITS), engine_of(cpu_s, fair, seed=seed, after_drafts=1.5)
+    assert not run(governor, engine, 2100, 4).choices[-1].is_off
+    # Three standard errors of steps with 5 % of noise, of which six or more are remembered: those at the start, and two
+    # of a look every 256.
+    assert governor.planner.base_s(4, 5200) == pytest.approx(cpu_s(4, 4, 5200), rel=3 * 0.05 / math.sqrt(6))
+
+
 @pytest.mark.parametrize("factor", [0.25, 4.0], ids=["faster", "slower"])
 def test_on_a_machine_of_another_pace_the_time_of_steps_without_drafts_is_found_out_again(factor):
     def paced(sequences, rows, context):
